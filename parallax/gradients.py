@@ -1,0 +1,60 @@
+"""Where weight gradients go: one sink per stage, between the layers that make them and the data axis that sums them.
+
+A layer hands the sink a parameter and a function that adds the gradient to a buffer. The sink calls it at once (a full
+backward, B), or keeps it until the schedule says W. A layer without a sink returns its weight gradient through autograd,
+as any torch module does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+__all__ = ["Accumulate", "GradSink", "attach"]
+
+Accumulate = Callable[[Tensor], None]
+"""Adds one microbatch's gradient to the buffer that it is given."""
+
+
+class GradSink:
+    """Adds weight gradients to flat buffers, now or later, and tells who listens when a parameter has got its share."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[nn.Parameter, Tensor] = {}
+        self.on_accumulated: Callable[[nn.Parameter], None] | None = None
+        self._kept: list[tuple[nn.Parameter, Accumulate]] | None = None
+
+    def add(self, parameter: nn.Parameter, accumulate: Accumulate) -> None:
+        """Take one gradient: run `accumulate` on the parameter's buffer, or keep it while `keep` is in force."""
+        if self._kept is None:
+            self._run(parameter, accumulate)
+        else:
+            self._kept.append((parameter, accumulate))
+
+    def keep(self) -> None:
+        """From here on keep what comes in (I, the input-gradient pass)."""
+        self._kept = []
+
+    def take(self) -> list[tuple[nn.Parameter, Accumulate]]:
+        """End `keep`; returns what it kept, for `run` (W, the weight-gradient pass)."""
+        kept, self._kept = self._kept or [], None
+        return kept
+
+    def run(self, kept: list[tuple[nn.Parameter, Accumulate]]) -> None:
+        """Run what `take` returned, freeing each activation once it is used."""
+        kept.reverse()
+        while kept:
+            self._run(*kept.pop())
+
+    def _run(self, parameter: nn.Parameter, accumulate: Accumulate) -> None:
+        accumulate(self.buffers[parameter])
+        if self.on_accumulated is not None:
+            self.on_accumulated(parameter)
+
+
+def attach(model: nn.Module, sink: GradSink | None) -> None:
+    """Make every layer of the model that knows of sinks use this one."""
+    for module in model.modules():
+        if hasattr(module, "sink"):
+            module.sink = sink  # type: ignore[assignment]

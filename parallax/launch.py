@@ -1,0 +1,54 @@
+"""How a program ends: bad input in one line, a crash with its mesh coordinates, and no rank left waiting."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from parallax import comm
+from parallax.errors import ParallaxError
+
+__all__ = ["entrypoint"]
+
+
+def entrypoint(main: Callable[[], None]) -> None:
+    """Run a program's main under torchrun or alone. Does not return on failure.
+
+    A ParallaxError is raised alike on every rank: rank 0 prints it in one line, all exit with 2. Any
+    other exception is one rank's: it prints the traceback with its rank and exits with 1, and torchrun, which gets
+    the traceback through its error file, ends the others within seconds.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        record(_labelled(main))()
+    except ParallaxError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except Exception:  # noqa: BLE001 - already printed
+        _leave(1)
+    comm.close()
+
+
+def _labelled(main: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        try:
+            main()
+        except ParallaxError:
+            raise
+        except Exception:
+            rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+            print(f"[rank {rank} of {size}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            raise
+
+    return run
+
+
+def _leave(code: int) -> None:
+    """Exit without the interpreter's tidy end, which would wait for peers in the process groups' destructors."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

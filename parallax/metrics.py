@@ -1,0 +1,156 @@
+"""One line a step from one rank, and the same numbers in full precision in OUTPUT/metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from parallax.mesh import Mesh
+from parallax.step import StepResult
+
+__all__ = ["Metrics", "format_bytes", "peak_flops", "peak_memory_bytes"]
+
+PEAK_FLOPS = {
+    # Dense bfloat16 tensor-core peaks from the vendors' data sheets, FLOP/s.
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+TF32_SHARE = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 0.5}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of one device at this dtype (float32 as TF32: half), None where it is not known: a CPU, float64."""
+    if device.type != "cuda" or dtype not in TF32_SHARE:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * TF32_SHARE[dtype] for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held: CUDA's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def format_duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Metrics:
+    """Writes what happens on rank 0; silent elsewhere, at the same cost in collectives: none.
+
+    flops_per_token: of forward and backward of the whole model. num_steps: where ETA counts to.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        output: Path | None,
+        *,
+        num_steps: int,
+        flops_per_token: float,
+        dtype: torch.dtype,
+        log_every: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.mesh, self.num_steps, self.flops_per_token = mesh, num_steps, flops_per_token
+        self.log_every, self._clock, self._stream = log_every, clock, stream
+        self.speaks = mesh.rank == 0
+        self._peak = peak_flops(mesh.device, dtype)
+        self._file: TextIO | None = None
+        if self.speaks and output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            self._file = open(output / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._times: list[float] = []
+        self._last = clock()
+
+    def say(self, text: str) -> None:
+        """One message from one rank."""
+        if self.speaks:
+            print(text, file=self._stream or sys.stdout, flush=True)
+
+    def record(self, result: StepResult, **extra: float) -> None:
+        """Log a finished step; the time since the last record is its time. extra: more columns, as val_loss."""
+        now = self._clock()
+        step_s, self._last = now - self._last, now
+        if not self.speaks:
+            return
+        # The first step pays for start-up; ETA comes from the median of the recent ones.
+        self._times = [*self._times, step_s][-21:]
+        row: dict[str, Any] = {
+            "step": result.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": result.tokens,
+            "tokens_per_s": result.tokens / step_s,
+            "step_s": step_s,
+            "peak_memory_bytes": peak_memory_bytes(self.mesh.device),
+            "mfu": self._mfu(result.tokens / step_s),
+            **extra,
+        }
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if result.step % self.log_every == 0 or result.step in (1, self.num_steps):
+            self.say(self._line(row, extra))
+
+    def pause(self) -> None:
+        """What ran since the last record (validation, a checkpoint) is not part of a step's time."""
+        self._last = self._clock()
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        if self._peak is None:
+            return None
+        return tokens_per_s * self.flops_per_token / (self._peak * self.mesh.shape.size)
+
+    def _line(self, row: dict[str, Any], extra: dict[str, float]) -> str:
+        recent = sorted(self._times[1:] or self._times)
+        eta = recent[len(recent) // 2] * (self.num_steps - row["step"])
+        mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
+        columns = [
+            f"step {row['step']:>{len(str(self.num_steps))}}/{self.num_steps}",
+            f"loss {row['loss']:.4f}",
+            f"grad_norm {row['grad_norm']:.4f}",
+            f"lr {row['lr']:.2e}",
+            f"{row['tokens_per_s']:,.0f} tokens/s",
+            f"{row['step_s'] * 1000:.0f} ms",
+            f"memory {format_bytes(row['peak_memory_bytes'])}",
+            f"MFU {mfu}",
+            f"ETA {format_duration(eta)}",
+            *(f"{name} {value:.4f}" for name, value in extra.items()),
+        ]
+        return " | ".join(columns)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,105 @@
+"""Causal self-attention with the heads cut along tensor; grouped key/value heads; rotary positions; keyed dropout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallax.config import ModelConfig
+from parallax.mesh import Mesh
+from parallax.rng import derive_key
+from parallax.tensor.layers import ColumnParallelLinear, Piece, RowParallelLinear
+from parallax.tensor.norms import keyed_dropout
+
+if TYPE_CHECKING:
+    from parallax.models.transformer import TokenRows
+
+__all__ = ["Attention", "rotary_table"]
+
+
+def rotary_table(length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """cos and sin of position times frequency (arXiv:2104.09864): [T, 2, K/2]. Computed in float64."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], dim=1).to(dtype)
+
+
+def apply_rotary(x_BTHK: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (k, k + K/2) of every head by the angle of its position: the half-split layout of Llama."""
+    cos, sin = table[:, 0, None], table[:, 1, None]  # [T, 1, K/2], broadcast over heads
+    first, second = x_BTHK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Query, key and value in one column-parallel product, SDPA over this rank's heads, a row-parallel output.
+
+    x_nD -> x_nD. H/tensor query heads a rank; G/tensor key/value heads, or one that tensor/G ranks
+    share where tensor > G. Collectives: those of the two layers.
+    """
+
+    def __init__(
+        self, index: int, config: ModelConfig, mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.index, self.dropout, self.head_dim = index, config.dropout, config.head_dim
+        self.num_heads, kv_heads, size = config.heads, config.num_kv_heads, mesh.tensor.size
+        self.heads = config.heads // size
+        self.kv_heads = max(1, kv_heads // size)
+        self.first_head = mesh.tensor.rank * self.heads
+        kv_shards = min(size, kv_heads)
+        width, kv_width = config.heads * self.head_dim, kv_heads * self.head_dim
+        self.qkv = ColumnParallelLinear(
+            config.hidden,
+            width + 2 * kv_width,
+            mesh.tensor,
+            bias=config.bias,
+            sequence_parallel=sequence_parallel,
+            pieces=[Piece("q", width), Piece("k", kv_width, kv_shards), Piece("v", kv_width, kv_shards)],
+            init_std=config.init_std,
+            device="meta",
+            dtype=dtype,
+        )
+        self.out = RowParallelLinear(
+            width,
+            config.hidden,
+            mesh.tensor,
+            bias=config.bias,
+            sequence_parallel=sequence_parallel,
+            init_std=config.init_std / (2 * config.layers) ** 0.5,
+            device="meta",
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor, rows: TokenRows, rotary: Tensor | None, dropout_seed: int | None) -> Tensor:
+        num_samples, length = rows.shape
+        h, g = self.heads, self.kv_heads
+        qkv = self.qkv(x).view(num_samples, length, h + 2 * g, self.head_dim)
+        if rotary is not None:
+            q, k = apply_rotary(qkv[:, :, : h + g], rotary).split([h, g], dim=2)
+            v = qkv[:, :, h + g :]
+        else:
+            q, k, v = qkv.split([h, g, g], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if dropout_seed is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=h != g)
+        else:
+            y = self._with_dropout(q, k, v, rows, dropout_seed)
+        return self.out(y.transpose(1, 2).reshape(num_samples * length, h * self.head_dim))
+
+    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, rows: TokenRows, seed: int) -> Tensor:
+        """The same attention written out, with dropout on the probabilities keyed by (sample, head, query, key)."""
+        num_samples, length = rows.shape
+        repeat = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+        probabilities = scores.masked_fill_(future, -torch.inf).softmax(-1)
+        heads = torch.arange(self.first_head, self.first_head + self.heads, device=q.device)
+        row = rows.samples_B[:, None] * self.num_heads + heads
+        row = row[:, :, None] * length + torch.arange(length, device=q.device)
+        key = derive_key(seed, rows.step, self.index, "probabilities")
+        return keyed_dropout(probabilities, row, key, self.dropout) @ v

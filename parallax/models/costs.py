@@ -1,0 +1,30 @@
+"""What each unit of the transformer costs: the numbers that the stage split, MFU and the plan are made of."""
+
+from __future__ import annotations
+
+from parallax.config import ModelConfig
+
+__all__ = ["unit_costs"]
+
+
+def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, float, int]]:
+    """(name, forward FLOPs a token, parameters) of embedding, layers and head.
+
+    A multiply-add is two FLOPs. Attention counts the causal half of the scores: 2*2*D*T/2 a token. A tied head
+    has no parameters of its own. Norms, biases and activations are counted as parameters, not as FLOPs.
+    """
+    hidden, head_dim = config.hidden, config.head_dim
+    norm = hidden * (2 if config.norm == "layernorm" and config.bias else 1)
+    width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
+    num_up = 2 if config.activation == "swiglu" else 1
+    products = hidden * (width + 2 * kv_width) + width * hidden + (num_up + 1) * hidden * config.ffn_size
+    biases = (width + 2 * kv_width + num_up * config.ffn_size + 2 * hidden) if config.bias else 0
+    layer = (2.0 * products + 2.0 * width * sequence_length, products + biases + 2 * norm)
+    table = config.vocab * hidden
+    positions = sequence_length * hidden if config.positions == "learned" else 0
+    head = 0 if config.tie_embeddings else table
+    return [
+        ("embedding", 0.0, table + positions),
+        *((f"layers.{i}", *layer) for i in range(config.layers)),
+        ("head", 2.0 * table, head + norm),
+    ]

@@ -1,0 +1,99 @@
+"""Which units of the model each stage holds: balanced contiguous spans, or as the user says. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from parallax.errors import ConfigError, ScheduleError
+
+__all__ = ["Span", "Unit", "balanced_split", "check_partition", "split_from_layers", "stage_table"]
+
+Span = tuple[int, int]
+"""Units [first, last)."""
+
+TOLERANCE = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of the model that is never cut: the embedding, a layer, the head. flops: forward, a token."""
+
+    name: str
+    flops: float
+    params: int
+
+
+def balanced_split(units: Sequence[Unit], num_stages: int) -> tuple[Span, ...]:
+    """Contiguous spans, each with a unit at least, whose largest FLOPs are as small as can be.
+
+    Of the splits within 5 % of that, the one whose largest stage has the fewest parameters: time first, then memory. The
+    embedding has parameters and hardly FLOPs, the head has both. Dynamic programming, O(L^2 p).
+    Raises ConfigError where there are more stages than units.
+    """
+    if not 1 <= num_stages <= len(units):
+        raise ConfigError(
+            f"{num_stages} pipeline stages cannot share {len(units)} units (embedding, layers, head), a stage needs one at "
+            f"least; use pipeline of at most {len(units)} or more layers"
+        )
+    flops = [0.0, *accumulate(unit.flops for unit in units)]
+    params = [0, *accumulate(unit.params for unit in units)]
+    fastest = _min_max(len(units), num_stages, lambda i, j: flops[j] - flops[i])
+    limit = TOLERANCE * max(flops[j] - flops[i] for i, j in fastest)
+
+    def cost(i: int, j: int) -> float:
+        return float("inf") if flops[j] - flops[i] > limit else float(params[j] - params[i])
+
+    return _min_max(len(units), num_stages, cost)
+
+
+def _min_max(num_units: int, num_stages: int, cost: Callable[[int, int], float]) -> tuple[Span, ...]:
+    """The spans that minimise the largest cost; of equals, the one that ends its last stages earliest."""
+    best = [[float("inf")] * (num_units + 1) for _ in range(num_stages + 1)]
+    cut = [[0] * (num_units + 1) for _ in range(num_stages + 1)]
+    best[0][0] = 0.0
+    for stages in range(1, num_stages + 1):
+        for end in range(stages, num_units + 1):
+            for start in range(stages - 1, end):
+                worst = max(best[stages - 1][start], cost(start, end))
+                if worst < best[stages][end]:
+                    best[stages][end], cut[stages][end] = worst, start
+    spans: list[Span] = []
+    end = num_units
+    for stages in range(num_stages, 0, -1):
+        spans.append((cut[stages][end], end))
+        end = cut[stages][end]
+    return tuple(reversed(spans))
+
+
+def split_from_layers(layers: Sequence[int], units: Sequence[Unit]) -> tuple[Span, ...]:
+    """The user's split: layers per stage. The embedding joins the first stage, the head the last.
+
+    Raises ConfigError where the numbers do not add up to the layers.
+    """
+    if sum(layers) != len(units) - 2:
+        raise ConfigError(f"pipeline.split={list(layers)} sums to {sum(layers)}, the model has {len(units) - 2} layers")
+    ends = [1 + end for end in accumulate(layers)]
+    ends[-1] += 1
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def check_partition(spans: Sequence[Span], units: Sequence[Unit]) -> None:
+    """The union of the stages is the model exactly once, and no stage is empty. Raises ScheduleError."""
+    held = [unit for first, last in spans for unit in range(first, last)]
+    if held != list(range(len(units))) or any(first >= last for first, last in spans):
+        raise ScheduleError(f"the stages {list(spans)} are not units 0 to {len(units) - 1} exactly once")
+
+
+def stage_table(spans: Sequence[Span], units: Sequence[Unit], stage_to_rank: Sequence[int]) -> str:
+    """A line a stage: rank, units, parameters, share of the FLOPs."""
+    total = sum(unit.flops for unit in units) or 1.0
+    lines = ["stage  rank  params       FLOPs   units"]
+    for stage, (first, last) in enumerate(spans):
+        inside = units[first:last]
+        names = inside[0].name if len(inside) == 1 else f"{inside[0].name} .. {inside[-1].name}"
+        share = sum(unit.flops for unit in inside) / total
+        params = sum(unit.params for unit in inside)
+        lines.append(f"{stage:>5}  {stage_to_rank[stage]:>4}  {params:>11,}  {share:>5.1%}   {names}")
+    return "\n".join(lines)

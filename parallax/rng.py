@@ -1,0 +1,84 @@
+"""Randomness keyed by what, not where: the same numbers on any mesh.
+
+Initial weights are a function of (seed, canonical name, global element), dropout of (seed, step, layer, global
+position). Neither uses a generator whose state depends on what a rank did before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["derive_key", "fill_normal", "keep_mask"]
+
+TILE = 256
+MASK = 0xFFFFFFFF
+
+
+def derive_key(*what: object) -> int:
+    """A 63-bit key from any sequence of numbers and names (BLAKE2b of their text)."""
+    text = "\x1f".join(map(str, what)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser on int64 tensors in [0, 2^32), in place: multiply and shift, as in murmur3."""
+    x = x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(MASK)
+    x = x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(MASK)
+    return x.bitwise_xor_(x >> 16)
+
+
+def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
+    """Which elements dropout keeps, each with probability 1 - drop.
+
+    rows: int64 of any shape, the global position of each row (below 2^62). Returns bool of shape
+    (*rows.shape, num_columns). Element (row, column) depends on (key, row, column) alone, so any slice of the
+    rows gives that slice of the mask.
+    """
+    low, high = rows & MASK, (rows >> 32) & MASK
+    seeds = _mix((_mix(low ^ (key & MASK)) + high + (key >> 32)).bitwise_and_(MASK))
+    columns = torch.arange(num_columns, device=rows.device) * 0x9E3779B9 & MASK
+    return _mix((seeds.unsqueeze(-1) + columns).bitwise_and_(MASK)) >= round(drop * 2**32)
+
+
+def fill_normal(
+    out: Tensor, box: tuple[tuple[int, int], ...], global_shape: tuple[int, ...], key: int, mean: float, std: float
+) -> None:
+    """Fill `out` with this box of a global tensor of normal numbers that depend on (key, element) alone.
+
+    The global tensor is cut into tiles of 256 along its first and last dims; each tile has a generator of its own and
+    is drawn whole, in float32, so every rank that needs any of it draws the same bits. Peak memory: one tile.
+    out: a tensor of the box's shape, any float dtype, any device. Tiles that miss the box are not drawn.
+    """
+    first = _tiles(global_shape[0], box[0])
+    last = _tiles(global_shape[-1], box[-1]) if len(global_shape) > 1 else [(0, 1)]
+    generator = torch.Generator(device="cpu")
+    for (row, height), (column, width) in itertools.product(first, last):
+        generator.manual_seed(derive_key(key, row, column))
+        middle = math.prod(global_shape[1:-1])
+        tile = torch.randn(height, middle, width, generator=generator, dtype=torch.float32)
+        if len(global_shape) == 1:
+            cut = _overlap(row, height, box[0])
+            out[cut[0]] = (mean + std * tile[cut[1], 0, 0].double()).to(out)
+            continue
+        tile = tile.view(height, *global_shape[1:-1], width)
+        rows, columns = _overlap(row, height, box[0]), _overlap(column, width, box[-1])
+        inner = [slice(a, b) for a, b in box[1:-1]]
+        drawn = tile[(rows[1], *inner, columns[1])].double()
+        out[(rows[0], ..., columns[0])] = (mean + std * drawn).to(out)
+
+
+def _tiles(size: int, wanted: tuple[int, int]) -> list[tuple[int, int]]:
+    """(start, length) of each tile of `size` that meets the range."""
+    first = wanted[0] // TILE * TILE
+    return [(start, min(TILE, size - start)) for start in range(first, wanted[1], TILE)]
+
+
+def _overlap(start: int, length: int, wanted: tuple[int, int]) -> tuple[slice, slice]:
+    """Where a tile meets the wanted range: as a slice of the range, and as a slice of the tile."""
+    begin, end = max(start, wanted[0]), min(start + length, wanted[1])
+    return slice(begin - wanted[0], end - wanted[0]), slice(begin - start, end - start)

@@ -1,0 +1,151 @@
+"""LayerNorm and RMSNorm that know how their parameters lie on the tensor axis, and keyed dropout.
+
+Under sequence parallelism each rank normalises its own tokens, so the gradients of weight and bias are partial sums: their
+layout says so, and the data axis sums them over tensor once a step. Left out, replicas of the weights drift apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallax.gradients import GradSink
+from parallax.mesh import Axis
+from parallax.rng import keep_mask
+from parallax.tensor.layers import initialize, replicated
+
+__all__ = ["LayerNorm", "RMSNorm", "keyed_dropout"]
+
+
+def _send(sink: GradSink | None, parameter: nn.Parameter | None, compute: Any) -> Tensor | None:
+    """Route one gradient: to autograd without a sink, else into the sink. compute() returns it."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if sink is None:
+        return compute().to(parameter.dtype)
+    sink.add(parameter, lambda out: out.add_(compute()))
+    return None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: RMSNorm) -> Tensor:
+        wide = _wide(x)
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(layer.eps))
+        ctx.layer = layer
+        ctx.save_for_backward(x, rstd)
+        return (wide * rstd).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        layer: RMSNorm = ctx.layer
+        x, rstd = ctx.saved_tensors
+        normal, wide = _wide(x) * rstd, _wide(grad)
+        scaled = wide * layer.weight
+        along = (scaled * normal).mean(-1, keepdim=True)
+        grad_x = scaled.sub_(normal * along).mul_(rstd).to(x.dtype)
+        weight_grad = _send(layer.sink, layer.weight, lambda: (_wide(grad) * (_wide(x) * rstd)).sum(0))
+        return grad_x, weight_grad, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, layer: LayerNorm) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, layer.eps)
+        ctx.layer = layer
+        ctx.save_for_backward(x, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        layer: LayerNorm = ctx.layer
+        x, mean, rstd = ctx.saved_tensors
+        grad = grad.contiguous()
+
+        def part(*mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.ops.aten.native_layer_norm_backward(
+                grad, x, x.shape[-1:], mean, rstd, layer.weight, layer.bias, list(mask)
+            )
+
+        grad_x = part(True, False, False)[0]
+        weight_grad = _send(layer.sink, layer.weight, lambda: part(False, True, False)[1])
+        bias_grad = _send(layer.sink, layer.bias, lambda: grad.sum(0))
+        return grad_x, weight_grad, bias_grad, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: statistics of bfloat16 rows are not taken in bfloat16."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight over the last dim (arXiv:1910.07467). [n, D] -> [n, D]; weight [D], replicated on tensor.
+
+    Collectives: none; with sequence_parallel the weight gradient is a partial sum over tensor.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        tensor: Axis,
+        *,
+        sequence_parallel: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.sink: GradSink | None = None
+        self.layouts = {"weight": replicated(tensor, (hidden,), sequence_parallel, mean=1.0)}
+        self.weight = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self)
+        return y.view(x.shape)  # type: ignore[union-attr]
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias over the last dim. [n, D] -> [n, D]; weight and bias [D], replicated on tensor.
+
+    Collectives: none; with sequence_parallel the gradients of weight and bias are partial sums over tensor.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        tensor: Axis,
+        *,
+        bias: bool = True,
+        sequence_parallel: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.sink: GradSink | None = None
+        self.layouts = {
+            "weight": replicated(tensor, (hidden,), sequence_parallel, mean=1.0),
+            "bias": replicated(tensor, (hidden,), sequence_parallel),
+        }
+        self.weight = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype)) if bias else None
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
+        return y.view(x.shape)  # type: ignore[union-attr]
+
+
+def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float) -> Tensor:
+    """Dropout whose mask depends on (key, global row, column) alone.
+
+    x: [..., C]; rows: int64 [...], the global position of each row; key: from (seed, step, layer).
+    """
+    if drop == 0.0:
+        return x
+    return x * keep_mask(rows, x.shape[-1], key, drop).to(x.dtype).div_(1.0 - drop)

@@ -1,0 +1,73 @@
+"""Train a GPT on any mesh: the whole job, top to bottom.
+
+    python recipes/gpt.py                                                   one process
+    torchrun --nproc_per_node 8 recipes/gpt.py mesh=2x2x2                   data x tensor x pipeline
+    python recipes/gpt.py config=recipes/gpt2.yaml optimizer.lr=3e-4        a file, and a key on top
+    python recipes/gpt.py --help                                            every key
+"""
+
+import itertools
+
+from parallax.assemble import DTYPES, assemble
+from parallax.batches import token_batches, validation_batches
+from parallax.config_io import parse_command_line
+from parallax.corpus import open_corpus
+from parallax.launch import entrypoint
+from parallax.mesh import init_mesh
+from parallax.metrics import Metrics
+from parallax.resume import Checkpoints, prepare_output
+from parallax.step import evaluate, train_step
+
+
+def main() -> None:
+    config = parse_command_line()
+    mesh = init_mesh(config.mesh, device_type=config.device)
+    corpus = open_corpus(
+        config.corpus.source,
+        validation_fraction=config.corpus.validation_fraction,
+        seed=config.seed,
+        vocab=config.model.vocab,
+    )
+    run, state = assemble(config, mesh)
+    output = prepare_output(config, mesh)
+    checkpoints = Checkpoints(run, output)
+    metrics = Metrics(
+        mesh,
+        output,
+        num_steps=config.steps,
+        flops_per_token=run.flops_per_token,
+        dtype=DTYPES[config.dtype],
+        log_every=config.log_every,
+    )
+    metrics.say(f"mesh {mesh.shape.describe()} on {mesh.device.type}, {config.dtype}; output {output}")
+    metrics.say(corpus.describe())
+    metrics.say(run.describe())
+    if resumed := checkpoints.resume(state):
+        metrics.say(f"resumed from {resumed} at step {state.step}")
+
+    # This rank's part of each global batch; which samples those are depends on (seed, step) alone.
+    part = {
+        "global_size": run.batch.global_size,
+        "sequence_length": config.corpus.sequence_length,
+        "data_rank": mesh.data.rank,
+        "data_size": mesh.data.size,
+        "device": mesh.device,
+    }
+    batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **part)
+    metrics.pause()
+    for batch in itertools.islice(batches, config.steps - state.step):
+        result = train_step(run, state, batch)
+        last = state.step == config.steps
+        extra = {}
+        if config.validation.every and (state.step % config.validation.every == 0 or last):
+            held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **part)
+            extra["val_loss"] = evaluate(run, held_out)
+        metrics.record(result, **extra)
+        if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last):
+            metrics.say(f"saved {checkpoints.save(state)}")
+        metrics.pause()
+    metrics.close()
+
+
+if __name__ == "__main__":
+    entrypoint(main)

@@ -1,0 +1,13 @@
+"""Shared fixtures. `ranks` runs a function on n gloo processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks.workers import run_ranks
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """run_ranks(n, function, *args): see tests/ranks/workers.py."""
+    return run_ranks
