@@ -27,7 +27,7 @@ def main() -> None:
         validation_fraction=config.corpus.validation_fraction,
         seed=config.seed,
         vocab=config.model.vocab,
-    )
+    ).require(config.corpus.sequence_length)
     run, state = assemble(config, mesh)
     output = prepare_output(config, mesh)
     checkpoints = Checkpoints(run, output)

@@ -1,0 +1,10 @@
+"""Checkpoints: a set of boxes of global tensors, so that any mesh loads what any mesh saved.
+
+OUTPUT/checkpoints/step-00000100/ holds one safetensors file a writing rank and manifest.json. No pickle anywhere.
+"""
+
+from parallax.checkpoint.load import load
+from parallax.checkpoint.manifest import read_manifest
+from parallax.checkpoint.save import Entry, Exchange, find, latest, save
+
+__all__ = ["Entry", "Exchange", "find", "latest", "load", "read_manifest", "save"]

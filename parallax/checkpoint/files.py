@@ -1,0 +1,117 @@
+"""Shard files: the safetensors format, written as a stream with its hash, read by slices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox
+from parallax.errors import CheckpointError
+from parallax.params import Box
+
+__all__ = ["NAMES", "hash_file", "read_box", "sync_directory", "write_exclusive", "write_shard"]
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_NUMPY = {"F64": "<f8", "F32": "<f4", "BF16": "<i2", "F16": "<i2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+_TORCH = {name: dtype for dtype, name in NAMES.items()}
+BLOCK_BYTES = 1 << 22
+
+
+def write_exclusive(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a new file and fsync it. It must not exist, and no link is followed."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        for piece in pieces:
+            _write_all(file.fileno(), piece)
+        os.fsync(file.fileno())
+
+
+def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def write_shard(path: Path, named: Sequence[tuple[str, Tensor]]) -> tuple[int, str, list[int]]:
+    """Write tensors as one safetensors file, a tensor at a time: the extra memory is one tensor.
+
+    Returns its bytes, its sha256, and each tensor's offset in the file.
+    """
+    header: dict[str, object] = {}
+    offsets, at = [], 0
+    for name, tensor in named:
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        offsets.append(at)
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            digest.update(piece)
+            _write_all(file.fileno(), piece)
+        for _, tensor in named:
+            data = memoryview(_bytes(tensor))
+            for begin in range(0, len(data), BLOCK_BYTES):  # hashed while it is in the cache
+                digest.update(data[begin : begin + BLOCK_BYTES])
+                _write_all(file.fileno(), data[begin : begin + BLOCK_BYTES])
+        os.fsync(file.fileno())
+    return start + at, digest.hexdigest(), [start + offset for offset in offsets]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that the names in it survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Tensor:
+    """The part `wanted` (global coordinates) of a saved box. Only the pages that hold it are read."""
+    path = manifest.path.parent / saved.file
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            count = math.prod(saved.shape) * DTYPES[dtype]
+            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=saved.offset, shape=(count,))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    whole = flat.view(_NUMPY[dtype]).reshape(saved.shape)
+    cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
+    part = np.array(whole[cut])  # a copy, so that the file can be closed
+    return torch.from_numpy(part).view(_TORCH[dtype])

@@ -1,0 +1,92 @@
+"""Loading: box by box, from whatever mesh saved it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallax.checkpoint.files import NAMES, hash_file, read_box
+from parallax.checkpoint.manifest import Manifest, overlaps, read_manifest
+from parallax.checkpoint.save import Entry, Exchange, agree
+from parallax.errors import CheckpointError
+
+__all__ = ["load"]
+
+
+@torch.no_grad()
+def load(path: Path, entries: Sequence[Entry], exchange: Exchange) -> Mapping[str, Any]:
+    """Fill every entry from a checkpoint; returns the state that was saved with it.
+
+    A rank reads only the slices that its boxes meet. Nothing is changed before manifest, names, shapes, dtypes and
+    hashes have been checked on every rank; the files' hashes are shared out over the ranks. Collectives: exchanges of
+    JSON. Raises CheckpointError on every rank alike.
+    """
+    manifest: list[Manifest] = []
+    agree(_attempt(lambda: manifest.append(read_manifest(path))), exchange)
+    found = manifest[0]
+    agree(_attempt(lambda: _check_entries(found, entries)), exchange)
+    agree(_attempt(lambda: _check_names(found, exchange.gather_json([e.name for e in entries]))), exchange)
+    agree(_attempt(lambda: _check_hashes(found, exchange)), exchange)
+    agree(_attempt(lambda: _fill(found, entries)), exchange)
+    return found.state
+
+
+def _attempt(check: Callable[[], Any]) -> str | None:
+    try:
+        check()
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    return None
+
+
+def _check_entries(manifest: Manifest, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        saved = manifest.tensors.get(entry.name)
+        if saved is None:
+            raise CheckpointError(
+                f"{manifest.path} has no {entry.name}; it was saved by another model: check the model.* keys"
+            )
+        if saved.global_shape != entry.global_shape:
+            raise CheckpointError(
+                f"{manifest.path} has {entry.name} of shape {saved.global_shape}, this model wants {entry.global_shape}; "
+                "check the model.* keys"
+            )
+        if saved.dtype != NAMES[entry.tensor.dtype]:
+            raise CheckpointError(
+                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants {NAMES[entry.tensor.dtype]}; set dtype "
+                "as it was"
+            )
+        if tuple(entry.tensor.shape) != tuple(stop - start for start, stop in entry.box):
+            raise CheckpointError(f"{entry.name}: a tensor of {tuple(entry.tensor.shape)} is not box {entry.box}")
+
+
+def _check_names(manifest: Manifest, gathered: Sequence[Sequence[str]]) -> None:
+    unused = sorted(set(manifest.tensors) - {name for names in gathered for name in names})
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise CheckpointError(f"{manifest.path} holds what this model does not have: {shown}; check the model.* keys")
+
+
+def _check_hashes(manifest: Manifest, exchange: Exchange) -> None:
+    for index, (name, (_, sha256)) in enumerate(sorted(manifest.files.items())):
+        path = manifest.path.parent / name
+        if index % exchange.size == exchange.rank and hash_file(path) != sha256:
+            raise CheckpointError(f"{path} was altered: its sha256 is not the manifest's; take another checkpoint")
+
+
+def _fill(manifest: Manifest, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        saved = manifest.tensors[entry.name]
+        filled = 0
+        for box, shared in overlaps(saved, entry.box):
+            cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, entry.box, strict=True))
+            entry.tensor[cut].copy_(read_box(manifest, box, saved.dtype, shared))
+            filled += math.prod(b - a for a, b in shared)
+        if filled != entry.tensor.numel():  # the manifest's boxes tile the tensor, so this cannot be
+            raise CheckpointError(f"{manifest.path}: {entry.name} is not covered")

@@ -1,0 +1,192 @@
+"""The manifest: which box of which tensor lies in which file. A closed world, checked before anything is believed.
+
+manifest.json holds the format's name and version, the step, the caller's state, and
+
+    files    name -> {bytes, sha256}
+    tensors  name -> {global_shape, dtype, boxes: [{file, offset, box}]}
+
+offset is the box's first byte in the file; a box is row-major and contiguous there. The files are safetensors, so that
+any tool can read them, but what parallax believes is the manifest alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallax.errors import CheckpointError
+from parallax.params import Box
+
+__all__ = ["DTYPES", "Manifest", "SavedBox", "SavedTensor", "parse_manifest", "read_manifest"]
+
+FORMAT, VERSION = "parallax-checkpoint", 1
+NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 28
+MAX_DIMS = 16
+DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
+"""safetensors' names of the dtypes, and their sizes in bytes."""
+FILE_NAME = re.compile(r"rank-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBox:
+    file: str
+    offset: int
+    box: Box
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    global_shape: tuple[int, ...]
+    dtype: str
+    boxes: tuple[SavedBox, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+    tensors: Mapping[str, SavedTensor]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check DIRECTORY/manifest.json, and that exactly its files are there, at their sizes.
+
+    Raises CheckpointError that names the file.
+    """
+    path = Path(directory) / NAME
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory} is no directory; give a checkpoint such as OUTPUT/checkpoints/step-00000100")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {NAME}: not a checkpoint, or a save that never finished") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; that is no manifest of parallax")
+    manifest = parse_manifest(text, path)
+    _check_files(manifest)
+    return manifest
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """The manifest in these bytes; `path` is for the messages. Raises CheckpointError."""
+
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(f"{path} is damaged or not a manifest of parallax: {what}")
+
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise bad(str(error)) from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise bad(f"its format is not {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {data.get('version')!r}; this parallax reads version {VERSION}")
+    try:
+        files = {name: (_count(f["bytes"]), str(f["sha256"])) for name, f in _mapping(data["files"]).items()}
+        tensors = {name: _tensor(name, t, files) for name, t in _mapping(data["tensors"]).items()}
+        manifest = Manifest(path, _count(data["step"]), _mapping(data["state"]), files, tensors)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise bad(f"{type(error).__name__}: {error}") from None
+    if odd := [name for name in files if not FILE_NAME.fullmatch(name)]:
+        raise bad(f"{odd[0]!r} is no name of a shard")
+    return manifest
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _tensor(name: str, data: Any, files: Mapping[str, tuple[int, str]]) -> SavedTensor:
+    shape = tuple(_count(size) for size in data["global_shape"])
+    if len(shape) > MAX_DIMS or math.prod(shape) >= 1 << 60:
+        raise ValueError(f"{name}: shape {shape} is out of range")
+    dtype = data["dtype"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {dtype!r} is unknown")
+    boxes = tuple(
+        SavedBox(b["file"], _count(b["offset"]), tuple((_count(start), _count(stop)) for start, stop in b["box"]))
+        for b in data["boxes"]
+    )
+    for saved in boxes:
+        inside = len(saved.box) == len(shape) and all(
+            start < stop <= size for (start, stop), size in zip(saved.box, shape, strict=True)
+        )
+        end = saved.offset + math.prod(saved.shape) * DTYPES[dtype]
+        if not inside or saved.file not in files or end > files[saved.file][0]:
+            raise ValueError(f"{name}: box {saved.box} is outside of shape {shape} or of file {saved.file!r}")
+    _check_tiling(name, shape, boxes)
+    return SavedTensor(shape, dtype, boxes)
+
+
+def _check_tiling(name: str, shape: tuple[int, ...], boxes: tuple[SavedBox, ...]) -> None:
+    """The boxes cover the tensor exactly once: they do not overlap, and their elements add up."""
+    ordered = sorted((saved.box for saved in boxes), key=lambda box: box[:1])
+    for index, one in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if one and other[0][0] >= one[0][1]:
+                break  # all later boxes begin behind this one
+            if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
+                raise ValueError(f"{name}: the boxes {one} and {other} overlap")
+    if sum(math.prod(saved.shape) for saved in boxes) != math.prod(shape):
+        raise ValueError(f"{name}: the boxes leave a part of shape {shape} out")
+
+
+def _check_files(manifest: Manifest) -> None:
+    directory = manifest.path.parent
+    present = {entry.name: entry for entry in os.scandir(directory) if entry.name != NAME}
+    if extra := sorted(set(present) - set(manifest.files)):
+        raise CheckpointError(f"{directory / extra[0]} is not in the manifest; remove it, or take another checkpoint")
+    for name, (size, _) in manifest.files.items():
+        if name not in present:
+            raise CheckpointError(f"{directory / name} is missing; take another checkpoint")
+        if present[name].is_symlink() or not present[name].is_file():
+            raise CheckpointError(f"{directory / name} is no regular file; take another checkpoint")
+        if present[name].stat().st_size != size:
+            raise CheckpointError(
+                f"{directory / name} has {present[name].stat().st_size} bytes, the manifest says {size}: truncated or "
+                "altered; take another checkpoint"
+            )
+
+
+def overlaps(tensor: SavedTensor, box: Box) -> Iterator[tuple[SavedBox, Box]]:
+    """The saved boxes that meet a box, each with the part that they share, in global coordinates."""
+    for saved in tensor.boxes:
+        shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(saved.box, box, strict=True))
+        if all(start < stop for start, stop in shared):
+            yield saved, shared

@@ -1,0 +1,193 @@
+"""Saving: each rank its boxes, into a directory that gets its name last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from parallax.checkpoint.files import NAMES, sync_directory, write_exclusive, write_shard
+from parallax.checkpoint.manifest import FORMAT, NAME, VERSION
+from parallax.errors import CheckpointError
+from parallax.params import Box
+
+__all__ = ["Entry", "Exchange", "find", "latest", "save"]
+
+STEP = re.compile(r"step-(\d{8,})")
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One box of one global tensor as this rank holds it. tensor: its data, written on save, filled on load.
+
+    replicas: the global ranks that hold this very box, the same tuple on each of them.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    box: Box
+    tensor: Tensor
+    replicas: tuple[int, ...]
+
+
+class Exchange(Protocol):
+    """How the ranks talk: every rank's JSON value on every rank."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather_json(self, value: Any) -> list[Any]: ...
+
+
+def agree(error: str | None, exchange: Exchange) -> None:
+    """Raise CheckpointError on every rank if any rank has an error, so that nobody waits for one that gave up."""
+    errors = exchange.gather_json(error)
+    if found := [(rank, text) for rank, text in enumerate(errors) if text is not None]:
+        rank, text = found[0]
+        raise CheckpointError(text if len(errors) == 1 or len(found) == len(errors) else f"{text} (rank {rank})")
+
+
+def save(
+    directory: Path,
+    step: int,
+    entries: Sequence[Entry],
+    state: Mapping[str, Any],
+    exchange: Exchange,
+    *,
+    keep: int = 0,
+) -> Path:
+    """Write DIRECTORY/step-N. Returns it once it is complete and durable.
+
+    Of ranks that hold the same box one writes it, chosen by a hash of its name so that the work is spread. Files are
+    written to a temporary directory, fsynced and hashed; the manifest is written by rank 0; the rename comes last.
+    keep: how many checkpoints stay, newest first; 0 is all. Collectives: three exchanges of JSON.
+    Raises CheckpointError on every rank if any fails; what was there before is untouched.
+    """
+    target = directory / f"step-{step:08d}"
+    error, temporary = None, None
+    if exchange.rank == 0:
+        try:
+            temporary = _begin(directory, target)
+        except (OSError, CheckpointError) as problem:
+            error = f"{target} cannot be saved: {problem}"
+    agree(error, exchange)
+    temporary = Path(exchange.gather_json(str(temporary))[0])
+    mine = [e for e in entries if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
+    record: dict[str, Any] = {}
+    try:
+        record = _write(temporary, exchange.rank, mine) if mine else {}
+        error = None
+    except OSError as problem:
+        error = f"{target} cannot be saved: {problem.strerror} in {problem.filename or temporary}"
+    try:
+        records = exchange.gather_json({"error": error, **record})
+        agree(next((r["error"] for r in records if r["error"]), None), exchange)
+        if exchange.rank == 0:
+            error = _finish(temporary, target, step, state, records)
+        agree(error, exchange)
+    except CheckpointError:
+        if exchange.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if exchange.rank == 0 and keep:
+        _prune(directory, keep)
+    return target
+
+
+def _pick(entry: Entry, count: int) -> int:
+    text = f"{entry.name}{entry.box}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % count
+
+
+def _begin(directory: Path, target: Path) -> Path:
+    """Make the temporary directory; clear what dead saves left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
+    temporary.mkdir(mode=0o700)
+    return temporary
+
+
+def _write(temporary: Path, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
+    """This rank's file, and what the manifest must say of it."""
+    name = f"rank-{rank:05d}.safetensors"
+    named = [(f"{e.name}#{','.join(f'{a}:{b}' for a, b in e.box)}", e.tensor) for e in entries]
+    size, sha256, offsets = write_shard(temporary / name, named)
+    boxes = [
+        {
+            "name": e.name,
+            "global_shape": e.global_shape,
+            "dtype": NAMES[e.tensor.dtype],
+            "offset": offset,
+            "box": e.box,
+        }
+        for e, offset in zip(entries, offsets, strict=True)
+    ]
+    return {"file": name, "bytes": size, "sha256": sha256, "boxes": boxes}
+
+
+def _finish(
+    temporary: Path, target: Path, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Write the manifest and give the directory its name. Returns what went wrong."""
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for record in records:
+        if "file" not in record:
+            continue
+        files[record["file"]] = {"bytes": record["bytes"], "sha256": record["sha256"]}
+        for box in record["boxes"]:
+            tensor = tensors.setdefault(
+                box["name"], {"global_shape": box["global_shape"], "dtype": box["dtype"], "boxes": []}
+            )
+            tensor["boxes"].append({"file": record["file"], "offset": box["offset"], "box": box["box"]})
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "state": dict(state)}
+    manifest |= {"files": files, "tensors": tensors}
+    try:
+        write_exclusive(temporary / NAME, [json.dumps(manifest, allow_nan=False).encode()])
+        sync_directory(temporary)
+        if target.exists():
+            raise CheckpointError("another run saved it meanwhile")
+        os.rename(temporary, target)
+        sync_directory(target.parent)
+    except (OSError, ValueError) as problem:
+        return f"{target} cannot be saved: {problem}"
+    return None
+
+
+def find(directory: Path) -> list[Path]:
+    """The complete checkpoints of a directory, oldest first: computed from what is there, never stored."""
+    if not Path(directory).is_dir():
+        return []
+    found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / NAME).is_file()]
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return (find(directory) or [None])[-1]
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest; renamed first, so that a half-deleted one is never taken for a checkpoint."""
+    for path in find(directory)[:-keep]:
+        doomed = directory / f"{TEMPORARY}delete-{path.name}-{secrets.token_hex(4)}"
+        try:
+            os.rename(path, doomed)
+        except OSError:
+            continue  # it stays; the next save tries again
+        shutil.rmtree(doomed, ignore_errors=True)
