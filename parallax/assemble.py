@@ -38,8 +38,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class Run:
     """Everything one rank needs to train, fixed for the whole run; what changes is in TrainState.
 
-    stages: this rank's spans of the model. specs: the table of its parameters, by stage. order: every canonical name of the
-    whole model -> its place. grads: this rank's gradients by spec. pipeline trains, evaluator runs forward only.
+    stages: this rank's spans of the model. specs: the table of its parameters, by stage. order: every canonical name
+    of the whole model -> its place. grads: this rank's gradients by spec. pipeline trains, evaluator runs forward only.
     """
 
     config: Config

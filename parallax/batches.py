@@ -1,9 +1,9 @@
 """Token batches: which samples a step sees, and this rank's slice of them.
 
-A stream is cut into windows of sequence_length tokens, so that an epoch has every token as a target exactly once. Sample n
-of the run is position n % global_size of step n // global_size; it is the window that a permutation keyed by (seed,
-epoch) puts at n. So a sample is a function of (seed, step, position in the global batch) alone: no state to save, nothing
-lost or repeated when the mesh changes.
+A stream is cut into windows of sequence_length tokens, so that an epoch has every token as a target exactly once.
+Sample n of the run is position n % global_size of step n // global_size; it is the window that a permutation keyed by
+(seed, epoch) puts at n. So a sample is a function of (seed, step, position in the global batch) alone: no state to
+save, nothing lost or repeated when the mesh changes.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ class Batch(Microbatch):
             raise ConfigError(
                 f"{len(self.samples_B)} samples of this rank do not divide into {num_microbatches} microbatches"
             )
-        parts = zip(*(t.chunk(num_microbatches) for t in (self.tokens_BT, self.targets_BT, self.samples_B)), strict=True)
-        return [Microbatch(*part, self.step) for part in parts]
+        tokens, targets, samples = (
+            t.chunk(num_microbatches) for t in (self.tokens_BT, self.targets_BT, self.samples_B)
+        )
+        return [Microbatch(*part, step=self.step) for part in zip(tokens, targets, samples, strict=True)]
 
 
 def num_windows(stream: TokenStream, sequence_length: int) -> int:

@@ -121,7 +121,9 @@ def _text(
     source: str, root: Path, paths: Sequence[Path], fraction: float, seed: int, vocab: int, *, forgiving: bool
 ) -> Corpus:
     if vocab < BYTE_VOCAB:
-        raise ConfigError(f"model.vocab={vocab} is smaller than the {BYTE_VOCAB} byte tokens of text; set model.vocab=256")
+        raise ConfigError(
+            f"model.vocab={vocab} is smaller than the {BYTE_VOCAB} byte tokens of text; set model.vocab=256"
+        )
     texts: dict[str, bytes] = {}
     for path in paths:
         text = _read_text(path, forgiving)
@@ -130,14 +132,16 @@ def _text(
     if len(texts) == 1:
         (name, whole), *_ = texts.items()
         cut = max(1, round(len(whole) * (1 - fraction)))
-        halves = [np.frombuffer(part, np.uint8) for part in (whole[:cut], whole[cut:])]
-        return Corpus(*(TokenStream(name, (half,), vocab) for half in halves), source, (1, 1))
+        train, validation = (
+            TokenStream(name, (np.frombuffer(p, np.uint8),), vocab) for p in (whole[:cut], whole[cut:])
+        )
+        return Corpus(train, validation, source, (1, 1))
     held_out = _held_out({name: len(text) for name, text in texts.items()}, fraction, seed)
-    streams = []
-    for part in (set(texts) - held_out, held_out):
-        joined = b"".join(texts[name] for name in sorted(part))
-        streams.append(TokenStream(source, (np.frombuffer(joined, np.uint8),), vocab))
-    return Corpus(*streams, source, (len(texts) - len(held_out), len(held_out)))
+    train, validation = (
+        TokenStream(source, (np.frombuffer(b"".join(texts[name] for name in sorted(part)), np.uint8),), vocab)
+        for part in (set(texts) - held_out, held_out)
+    )
+    return Corpus(train, validation, source, (len(texts) - len(held_out), len(held_out)))
 
 
 def _read_text(path: Path, forgiving: bool) -> bytes:
@@ -201,7 +205,9 @@ def _map(path: Path, vocab: int) -> np.ndarray:
     try:
         size = path.stat().st_size
         if size == 0 or size % dtype.itemsize:
-            raise ConfigError(f"{path} has {size} bytes, not a multiple of the {dtype.itemsize} of a {dtype.name} token")
+            raise ConfigError(
+                f"{path} has {size} bytes, not a multiple of the {dtype.itemsize} of a {dtype.name} token"
+            )
         tokens = np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None

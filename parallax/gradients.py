@@ -1,8 +1,8 @@
 """Where weight gradients go: one sink per stage, between the layers that make them and the data axis that sums them.
 
 A layer hands the sink a parameter and a function that adds the gradient to a buffer. The sink calls it at once (a full
-backward, B), or keeps it until the schedule says W. A layer without a sink returns its weight gradient through autograd,
-as any torch module does.
+backward, B), or keeps it until the schedule says W. A layer without a sink returns its weight gradient through
+autograd, as any torch module does.
 """
 
 from __future__ import annotations

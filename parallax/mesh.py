@@ -243,7 +243,7 @@ def init_mesh(
     started = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     if shape.size != started:
         raise MeshError(
-            f"mesh={mesh} needs {shape.size} ranks, {'torchrun' if started > 1 else 'the launcher'} started {started}; "
+            f"mesh={mesh} needs {shape.size} ranks, {'torchrun started' if started > 1 else 'there is'} {started}; "
             f"start {shape.size} (torchrun --nproc_per_node {shape.size} ...) or choose sizes that multiply to {started}"
         )
     for axis in ("context", "expert"):
@@ -278,6 +278,8 @@ def _init_process_group(
     from datetime import timedelta
 
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
         return
@@ -289,10 +291,10 @@ def _init_process_group(
         return
     # torchelastic's agent keeps one store across restarts; keys of the dead attempt would be read as
     # live addresses, so each attempt has a namespace of its own.
-    store, rank, world_size = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))
+    store, rank, world_size = next(iter(rendezvous("env://", rank, world_size, timeout=timeout)))
     prefix = f"parallax/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     dist.init_process_group(
-        backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size, timeout=timeout
+        backend, store=PrefixStore(prefix, store), rank=rank, world_size=world_size, timeout=timeout
     )
 
 

@@ -91,16 +91,24 @@ class Metrics:
             self._file = open(output / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._times: list[float] = []
         self._last = clock()
+        self._lap: float | None = None
 
     def say(self, text: str) -> None:
         """One message from one rank."""
         if self.speaks:
             print(text, file=self._stream or sys.stdout, flush=True)
 
+    def lap(self) -> None:
+        """The step is done; what comes before `record` (validation) is not part of its time."""
+        self._lap = self._clock()
+
     def record(self, result: StepResult, **extra: float) -> None:
-        """Log a finished step; the time since the last record is its time. extra: more columns, as val_loss."""
-        now = self._clock()
-        step_s, self._last = now - self._last, now
+        """Log a finished step; its time is that from the last `record` or `resume` to `lap`, or to now.
+
+        extra: more columns, as val_loss.
+        """
+        now = self._clock() if self._lap is None else self._lap
+        step_s, self._last, self._lap = now - self._last, self._clock(), None
         if not self.speaks:
             return
         # The first step pays for start-up; ETA comes from the median of the recent ones.
@@ -123,8 +131,8 @@ class Metrics:
         if result.step % self.log_every == 0 or result.step in (1, self.num_steps):
             self.say(self._line(row, extra))
 
-    def pause(self) -> None:
-        """What ran since the last record (validation, a checkpoint) is not part of a step's time."""
+    def resume(self) -> None:
+        """What ran since the last record (start-up, a checkpoint) is not part of a step's time."""
         self._last = self._clock()
 
     def _mfu(self, tokens_per_s: float) -> float | None:

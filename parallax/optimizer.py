@@ -43,7 +43,10 @@ class AdamW:
     def __init__(self, config: OptimizerConfig, flats: Mapping[int, FlatBuffers]) -> None:
         self._flats = {stage: _Flat(flat) for stage, flat in flats.items()}
         groups = [
-            {"params": [p for f in self._flats.values() for p, _, _, d in f.parts if d == decay], "weight_decay": weight}
+            {
+                "params": [p for f in self._flats.values() for p, _, _, d in f.parts if d == decay],
+                "weight_decay": weight,
+            }
             for decay, weight in ((True, config.weight_decay), (False, 0.0))
         ]
         groups = [group for group in groups if group["params"]]

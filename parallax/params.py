@@ -179,7 +179,9 @@ def materialize(model: nn.Module, specs: list[ParamSpec], seed: int, device: tor
     for module_name, module in model.named_modules():
         for name, old in list(module.named_parameters(recurse=False)):
             full = f"{module_name}.{name}" if module_name else name
-            memory = made[shared[full]].detach() if full in shared else torch.zeros(old.shape, device=device, dtype=dtype)
+            memory = (
+                made[shared[full]].detach() if full in shared else torch.zeros(old.shape, device=device, dtype=dtype)
+            )
             made[full] = nn.Parameter(memory, requires_grad=old.requires_grad)
             setattr(module, name, made[full])
     for spec in specs:

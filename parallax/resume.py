@@ -44,7 +44,9 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
             (directory / "config.yaml").write_text(to_yaml(config))
             answer = {"output": str(directory)}
         except (OSError, ConfigError) as error:
-            text = str(error) if isinstance(error, ConfigError) else f"output={config.output} cannot be written: {error}"
+            text = (
+                str(error) if isinstance(error, ConfigError) else f"output={config.output} cannot be written: {error}"
+            )
             answer = {"error": text}
     answer = gather_json(answer, mesh.world, mesh.device)[0]
     if "error" in answer:
@@ -100,7 +102,8 @@ class Checkpoints:
     def resume(self, state: TrainState) -> Path | None:
         """Load what config.resume names into the state: `auto` the latest one if there is any, `none` nothing.
 
-        Returns the directory that it came from. Raises CheckpointError on every rank alike; the state is then unchanged.
+        Returns the directory that it came from. Raises CheckpointError on every rank alike; the state is then
+        unchanged.
         """
         wish = self.run.config.resume
         if wish == "none":
@@ -145,7 +148,9 @@ class Checkpoints:
                 for spec in placed.specs:
                     replicas = self._replicas(spec)
                     entries += [
-                        Entry(f"{kind}/{spec.name}", spec.global_shape, spec.box, spec.view(placed.of(memory)), replicas)
+                        Entry(
+                            f"{kind}/{spec.name}", spec.global_shape, spec.box, spec.view(placed.of(memory)), replicas
+                        )
                         for kind, memory in kinds.items()
                         if 0 not in spec.box_shape
                     ]

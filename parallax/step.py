@@ -33,7 +33,9 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """step: how many are done. loss and grad_norm: of the global batch, before clipping. tokens: targets of this step."""
+    """step: how many are done. loss and grad_norm: of the global batch, before clipping. tokens: targets of this
+    step.
+    """
 
     step: int
     loss: float
@@ -45,8 +47,8 @@ class StepResult:
 def train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     """One optimizer step over one global batch. The same for every mesh.
 
-    Collectives: the token count over mesh.grad, the pipeline's and the layers' own, the gradients, and the loss with the
-    norm in one small vector over tensor and pipeline. Raises FloatingPointError on every rank where the norm is
+    Collectives: the token count over mesh.grad, the pipeline's and the layers' own, the gradients, and the loss with
+    the norm in one small vector over tensor and pipeline. Raises FloatingPointError on every rank where the norm is
     not finite; parameters are then as before the step.
     """
     try:
@@ -112,7 +114,9 @@ def clip_gradients(flat_grads: Sequence[Tensor], norm: float, max_norm: float) -
 
 @torch.no_grad()
 def evaluate(run: Run, batches: Iterable[Batch]) -> float:
-    """Mean loss per target over the batches, without dropout; NaN where there is none. Two small collectives a batch."""
+    """Mean loss per target over the batches, without dropout; NaN where there is none. Two small collectives a
+    batch.
+    """
     total, tokens = 0.0, 0
     for stage in run.stages.values():
         stage.eval()

@@ -1,9 +1,9 @@
 """Train a GPT on any mesh: the whole job, top to bottom.
 
-    python recipes/gpt.py                                                   one process
-    torchrun --nproc_per_node 8 recipes/gpt.py mesh=2x2x2                   data x tensor x pipeline
-    python recipes/gpt.py config=recipes/gpt2.yaml optimizer.lr=3e-4        a file, and a key on top
-    python recipes/gpt.py --help                                            every key
+python recipes/gpt.py                                                   one process
+torchrun --nproc_per_node 8 recipes/gpt.py mesh=2x2x2                   data x tensor x pipeline
+python recipes/gpt.py config=recipes/gpt2.yaml optimizer.lr=3e-4        a file, and a key on top
+python recipes/gpt.py --help                                            every key
 """
 
 import itertools
@@ -54,9 +54,10 @@ def main() -> None:
         "device": mesh.device,
     }
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **part)
-    metrics.pause()
+    metrics.resume()
     for batch in itertools.islice(batches, config.steps - state.step):
         result = train_step(run, state, batch)
+        metrics.lap()
         last = state.step == config.steps
         extra = {}
         if config.validation.every and (state.step % config.validation.every == 0 or last):
@@ -65,7 +66,7 @@ def main() -> None:
         metrics.record(result, **extra)
         if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last):
             metrics.say(f"saved {checkpoints.save(state)}")
-        metrics.pause()
+        metrics.resume()
     metrics.close()
 
 

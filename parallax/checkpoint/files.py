@@ -82,7 +82,7 @@ def write_shard(path: Path, named: Sequence[tuple[str, Tensor]]) -> tuple[int, s
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def sync_directory(path: Path) -> None:

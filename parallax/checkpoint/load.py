@@ -54,13 +54,13 @@ def _check_entries(manifest: Manifest, entries: Sequence[Entry]) -> None:
             )
         if saved.global_shape != entry.global_shape:
             raise CheckpointError(
-                f"{manifest.path} has {entry.name} of shape {saved.global_shape}, this model wants {entry.global_shape}; "
-                "check the model.* keys"
+                f"{manifest.path} has {entry.name} of shape {saved.global_shape}, this model wants "
+                f"{entry.global_shape}; check the model.* keys"
             )
         if saved.dtype != NAMES[entry.tensor.dtype]:
             raise CheckpointError(
-                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants {NAMES[entry.tensor.dtype]}; set dtype "
-                "as it was"
+                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants "
+                f"{NAMES[entry.tensor.dtype]}; set dtype as it was"
             )
         if tuple(entry.tensor.shape) != tuple(stop - start for start, stop in entry.box):
             raise CheckpointError(f"{entry.name}: a tensor of {tuple(entry.tensor.shape)} is not box {entry.box}")

@@ -68,7 +68,9 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = Path(directory) / NAME
     if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory} is no directory; give a checkpoint such as OUTPUT/checkpoints/step-00000100")
+        raise CheckpointError(
+            f"{directory} is no directory; give a checkpoint such as OUTPUT/checkpoints/step-00000100"
+        )
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "rb") as file:

@@ -1,12 +1,12 @@
 """Flat buffers: one stage's parameters and gradients, each in one contiguous piece of memory.
 
-Gradients are views of one buffer, so nothing is packed before a reduction, and the norm, the clip and the optimizer are one
-pass. The buffer is laid out
+Gradients are views of one buffer, so nothing is packed before a reduction, and the norm, the clip and the optimizer
+are one pass. The buffer is laid out
 
     [ early, in reverse order of use | late with weight decay | late without | tied ]
 
-early: gradients that are final once their stage's last backward has passed them; cut into buckets. late: those that need
-a sum over another axis first (norms under sequence parallelism, tied embeddings), and the small ones. tied: second
+early: gradients that are final once their stage's last backward has passed them; cut into buckets. late: those that
+need a sum over another axis first (norms under sequence parallelism, tied embeddings), and the small ones. tied: second
 uses of a parameter of the same stage, which the optimizer never sees. Every parameter starts at a multiple of 64
 elements, so that vectorised kernels treat an element alike wherever a stage split puts it.
 """

@@ -204,8 +204,8 @@ class Head(ColumnParallelLinear):
 class Transformer(nn.Module):
     """Units [first, last) of the model, on the meta device until `params.materialize`.
 
-    forward takes the activations of the stage before (None on the first stage), the microbatch, and the loss scale. It returns
-    the activations for the next stage, or on the last stage scale times the sum of the token losses (float64).
+    forward takes the activations of the stage before (None on the first stage), the microbatch, and the loss scale. It
+    returns the activations for the next stage, or on the last stage scale times the sum of the token losses (float64).
     seed: keys dropout; training alone drops.
     """
 
@@ -242,11 +242,10 @@ class Transformer(nn.Module):
         rows = TokenRows(microbatch, self.mesh, self.sequence_parallel)
         drop_seed = self.seed if self.training and self.config.dropout > 0 else None
         if self.embedding is not None:
-            x = self.embedding(microbatch.tokens_BT, rows)
+            x = embedded = self.embedding(microbatch.tokens_BT, rows)
             if drop_seed is not None:
-                x = keyed_dropout(
-                    x, rows.rows_n, derive_key(drop_seed, rows.step, "embedding"), self.config.dropout
-                )
+                key = derive_key(drop_seed, rows.step, "embedding")
+                x = keyed_dropout(embedded, rows.rows_n, key, self.config.dropout)
         rotary = self._rotary_for(rows.shape[1], microbatch.tokens_BT.device)
         for layer in self.layers.values():
             x = layer(x, rows, rotary, drop_seed)

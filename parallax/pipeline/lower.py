@@ -12,7 +12,8 @@ def lower(schedule: Schedule) -> Schedule:
 
     A SEND follows the action that makes what is sent. A RECV is posted one compute action before the one that needs
     it, so that the transfer overlaps with compute, and so that even blocking sends find it posted (see
-    validate.Wire). UNSHARD comes before a stage's first F; RESHARD and, where it trains, REDUCE_GRAD follow its last use.
+    validate.Wire). UNSHARD comes before a stage's first F; RESHARD and, where it trains, REDUCE_GRAD follow its last
+    use.
     """
     if schedule.lowered:
         return schedule

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from parallax.errors import ScheduleError
 __all__ = ["Action", "Op", "Schedule", "inputs"]
 
 
-class Op(str, Enum):
+class Op(StrEnum):
     """What an action does, in the letters of the papers and of torch."""
 
     F = "F"

@@ -17,7 +17,9 @@ __all__ = ["SCHEDULES", "forward_only", "gpipe", "one_f_one_b"]
 
 def _check(num_ranks: int, num_microbatches: int) -> None:
     if num_ranks < 1 or num_microbatches < 1:
-        raise ScheduleError(f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and {num_microbatches}")
+        raise ScheduleError(
+            f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and {num_microbatches}"
+        )
 
 
 def _one_stage_a_rank(name: str, num_ranks: int, num_microbatches: int, programs: list[list[Action]]) -> Schedule:

@@ -18,8 +18,8 @@ Times = float | Sequence[float]
 class Cost:
     """Seconds of one microbatch on one stage: a number for all stages or one for each. B takes I plus W.
 
-    send_s: from the end of the action that makes a message until it can be used on another rank; messages do not hold up
-    compute.
+    send_s: from the end of the action that makes a message until it can be used on another rank; messages do not hold
+    up compute.
     """
 
     forward: Times = 1.0

@@ -28,14 +28,14 @@ class Unit:
 def balanced_split(units: Sequence[Unit], num_stages: int) -> tuple[Span, ...]:
     """Contiguous spans, each with a unit at least, whose largest FLOPs are as small as can be.
 
-    Of the splits within 5 % of that, the one whose largest stage has the fewest parameters: time first, then memory. The
-    embedding has parameters and hardly FLOPs, the head has both. Dynamic programming, O(L^2 p).
+    Of the splits within 5 % of that, the one whose largest stage has the fewest parameters: time first, then memory.
+    The embedding has parameters and hardly FLOPs, the head has both. Dynamic programming, O(L^2 p).
     Raises ConfigError where there are more stages than units.
     """
     if not 1 <= num_stages <= len(units):
         raise ConfigError(
-            f"{num_stages} pipeline stages cannot share {len(units)} units (embedding, layers, head), a stage needs one at "
-            f"least; use pipeline of at most {len(units)} or more layers"
+            f"{num_stages} pipeline stages cannot share {len(units)} units (embedding, layers, head), a stage needs "
+            f"one at least; use pipeline of at most {len(units)} or more layers"
         )
     flops = [0.0, *accumulate(unit.flops for unit in units)]
     params = [0, *accumulate(unit.params for unit in units)]

@@ -69,9 +69,9 @@ class _Arriving:
 class P2P:
     """Point-to-point between processes, one channel per direction.
 
-    Volume: each message's bytes once, counted at the sender under `send`. To a higher pipeline rank it goes through mesh.pipeline, to a
-    lower through mesh.pipeline_up: under NCCL two communicators, since one that is ordered could deadlock
-    1F1B. gloo matches by tag, so there the order of posting does not matter.
+    Volume: each message's bytes once, counted at the sender under `send`. To a higher pipeline rank it goes through
+    mesh.pipeline, to a lower through mesh.pipeline_up: under NCCL two communicators, since one that is ordered could
+    deadlock 1F1B. gloo matches by tag, so there the order of posting does not matter.
     """
 
     def __init__(self, mesh: Mesh, num_stages: int) -> None:

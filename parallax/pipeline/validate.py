@@ -75,7 +75,8 @@ def _check_complete(schedule: Schedule) -> None:
                 has = ", ".join(sorted(op.value for op in ops)) or "nothing"
                 need = "F and either B, or I and W" if schedule.trains else "F"
                 raise ScheduleError(
-                    f"{schedule.name}: stage {stage} (rank {rank}) has {has} for microbatch {microbatch}; it needs {need}"
+                    f"{schedule.name}: stage {stage} (rank {rank}) has {has} for microbatch {microbatch}; "
+                    f"it needs {need}"
                 )
 
 
@@ -84,8 +85,8 @@ def _check_order(schedule: Schedule) -> None:
         order = [action.microbatch for action in actions]
         if order != sorted(order, key=lambda m: -1 if m is None else m):
             raise ScheduleError(
-                f"{schedule.name}: stage {stage} accumulates gradients in the order {order}; they must come in microbatch "
-                "order, which is what makes schedules equal bit for bit"
+                f"{schedule.name}: stage {stage} accumulates gradients in the order {order}; they must come in "
+                "microbatch order, which is what makes schedules equal bit for bit"
             )
 
 
@@ -126,8 +127,8 @@ def _check_channels(schedule: Schedule) -> None:
         for place, (left, right) in enumerate(zip(messages, received[channel], strict=True)):
             if left != right:
                 raise ScheduleError(
-                    f"{schedule.name}: on the channel from rank {channel[0]} to rank {channel[1]} message {place} is {left}, "
-                    f"but rank {channel[1]} receives {right} there; an ordered wire would deliver the wrong one"
+                    f"{schedule.name}: on the channel from rank {channel[0]} to rank {channel[1]} message {place} "
+                    f"is {left}, but rank {channel[1]} receives {right} there; an ordered wire would deliver the wrong one"
                 )
 
 

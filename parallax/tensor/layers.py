@@ -84,11 +84,11 @@ def _bias_grad(sink: GradSink | None, bias: nn.Parameter | None, grad_NF: Tensor
         return None
     if sink is None:
         return grad_NF.sum(0)
-    sink.add(bias, lambda out: _add(out, grad_NF.sum(0)))
+    sink.add(bias, lambda out: add_into(out, grad_NF.sum(0)))
     return None
 
 
-def _add(out: Tensor, grad: Tensor) -> None:
+def add_into(out: Tensor, grad: Tensor) -> None:
     out.add_(grad)
 
 

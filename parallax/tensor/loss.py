@@ -28,8 +28,8 @@ def vocab_parallel_cross_entropy(
     """Sum of -log softmax(logits)[target] over the tokens that are not ignored: a float64 scalar.
 
     logits_Nv: this rank's columns, for the vocabulary [start, stop) of vocab_range; columns beyond stop - start are
-    padding and take no part. targets_N: int64, global ids. A sum, not a mean: who divides by the global token count is the caller.
-    The gradient is taken in the forward, in chunks of tokens; with `overwrite` it replaces the logits in
+    padding and take no part. targets_N: int64, global ids. A sum, not a mean: who divides by the global token count is
+    the caller. The gradient is taken in the forward, in chunks of tokens; with `overwrite` it replaces the logits in
     their own memory (then nothing else may need them), otherwise it takes one more copy of [N, v].
     Collectives: one all-gather of 3N numbers (each rank's maximum, sum of exponentials at that maximum, target logit).
     Source: arXiv:1909.08053, section 3, with the maximum and both sums in one message.

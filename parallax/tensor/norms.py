@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm that know how their parameters lie on the tensor axis, and keyed dropout.
 
-Under sequence parallelism each rank normalises its own tokens, so the gradients of weight and bias are partial sums: their
-layout says so, and the data axis sums them over tensor once a step. Left out, replicas of the weights drift apart.
+Under sequence parallelism each rank normalises its own tokens, so the gradients of weight and bias are partial sums:
+their layout says so, and the data axis sums them over tensor once a step. Left out, replicas of the weights drift
+apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
 from parallax.rng import keep_mask
-from parallax.tensor.layers import initialize, replicated
+from parallax.tensor.layers import add_into, initialize, replicated
 
 __all__ = ["LayerNorm", "RMSNorm", "keyed_dropout"]
 
@@ -25,7 +26,7 @@ def _send(sink: GradSink | None, parameter: nn.Parameter | None, compute: Any) -
         return None
     if sink is None:
         return compute().to(parameter.dtype)
-    sink.add(parameter, lambda out: out.add_(compute()))
+    sink.add(parameter, lambda out: add_into(out, compute()))
     return None
 
 
