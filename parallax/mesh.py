@@ -244,7 +244,8 @@ def init_mesh(
     if shape.size != started:
         raise MeshError(
             f"mesh={mesh} needs {shape.size} ranks, {'torchrun started' if started > 1 else 'there is'} {started}; "
-            f"start {shape.size} (torchrun --nproc_per_node {shape.size} ...) or choose sizes that multiply to {started}"
+            f"start {shape.size} (torchrun --nproc_per_node {shape.size} ...) or choose sizes that multiply to "
+            f"{started}"
         )
     for axis in ("context", "expert"):
         if shape.axis_size(axis) > 1:

@@ -128,7 +128,8 @@ def _check_channels(schedule: Schedule) -> None:
             if left != right:
                 raise ScheduleError(
                     f"{schedule.name}: on the channel from rank {channel[0]} to rank {channel[1]} message {place} "
-                    f"is {left}, but rank {channel[1]} receives {right} there; an ordered wire would deliver the wrong one"
+                    f"is {left}, but rank {channel[1]} receives {right} there; "
+                    "an ordered wire would deliver the wrong one"
                 )
 
 

@@ -1,0 +1,81 @@
+"""The promise: the mesh is invisible in the numbers. Float64, four optimizer steps, loss and gradient norm."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+
+from tests.cases import VARIANTS, assemble_whole, gather_parameters, start, train_all, worst
+
+MESHES = ["2x2x2", "4x2x1", "4x1x2", "2x1x4", "1x8x1", "1x2x4", "2x4x1", "1x4x2", "1x1x8", "3x2x1", "1x3x2"]
+BOUND = 1e-10
+
+
+@functools.cache
+def reference(tensor_is_8: bool) -> dict[str, list[Any]]:
+    changes = {
+        name: v | ({"model.kv_heads": 4} if tensor_is_8 and "model.kv_heads" in v else {})
+        for name, v in VARIANTS.items()
+    }
+    return train_all("1x1x1", changes)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_trains_as_one_rank(ranks, mesh: str):
+    size = math.prod(map(int, mesh.split("x")))
+    every = ranks(size, train_all, mesh, VARIANTS)
+    assert all(rows == every[0] for rows in every), "the ranks do not agree bit for bit"
+    differences = {name: worst(every[0][name], rows) for name, rows in reference(mesh == "1x8x1").items()}
+    assert max(differences.values()) <= BOUND, differences
+
+
+@pytest.mark.parametrize("split", ["3,1,3", "0,7,0", "5,1,1"])
+def test_an_explicit_split_changes_nothing(ranks, split: str):
+    variants = {name: VARIANTS[name] for name in ("gpt2-tied", "llama")}
+    with_split = {name: v | {"pipeline.split": split} for name, v in variants.items()}
+    rows = ranks(3, train_all, "1x1x3", with_split)[0]
+    for name in variants:
+        assert rows[name] == reference(False)[name], "a pipeline equals no pipeline bit for bit"
+
+
+def initial(mesh: str, changes: dict[str, Any]) -> Any:
+    return gather_parameters(*start(mesh, **changes))
+
+
+@pytest.mark.parametrize("mesh", ["1x2x1", "2x2x2", "1x3x2", "1x8x1", "1x1x4"])
+@pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "llama-padded"])
+def test_initial_weights_do_not_know_the_mesh(ranks, mesh: str, variant: str):
+    changes = VARIANTS[variant] | ({"model.kv_heads": 4} if mesh == "1x8x1" and "llama" in variant else {})
+    alone = assemble_whole([initial("1x1x1", changes)])
+    size = math.prod(map(int, mesh.split("x")))
+    whole = assemble_whole(ranks(size, initial, mesh, changes))
+    assert whole.keys() == alone.keys()
+    for name, values in alone.items():
+        assert values.equal(whole[name]), name
+
+
+def final(mesh: str, changes: dict[str, Any]) -> Any:
+    from tests.cases import advance
+
+    run, state = start(mesh, **changes)
+    advance(run, state, 3)
+    return gather_parameters(run, state)
+
+
+@pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "gpt2-dropout"])
+def test_schedules_and_no_pipeline_are_equal_bit_for_bit(ranks, variant: str):
+    changes = VARIANTS[variant] | {"dtype": "float32", "batch.num_microbatches": 6}
+    alone = assemble_whole([final("1x1x1", changes)])
+    for schedule in ("1f1b", "gpipe"):
+        for size in (2, 3):
+            parts = ranks(size, final, f"1x1x{size}", changes | {"pipeline.schedule": schedule})
+            whole = assemble_whole(parts)
+            assert all(values.equal(whole[name]) for name, values in alone.items()), (schedule, size)
+
+
+def test_the_norm_of_every_rank_is_the_same_bits_in_float32(ranks):
+    every = ranks(8, train_all, "2x2x2", {"llama-tied-sp": VARIANTS["llama-tied-sp"] | {"dtype": "float32"}})
+    assert all(rows == every[0] for rows in every)
