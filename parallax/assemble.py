@@ -29,7 +29,7 @@ from parallax.pipeline.transport import P2P
 from parallax.pipeline.validate import Wire, validate
 from parallax.step import TrainState
 
-__all__ = ["DTYPES", "Run", "assemble", "build_stage", "plan_stages"]
+__all__ = ["DTYPES", "Run", "assemble", "build_stage", "plan_run", "plan_stages"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -94,6 +94,14 @@ def plan_stages(config: Config, schedule: Schedule) -> tuple[tuple[Unit, ...], t
     return units, tuple(spans)
 
 
+def plan_run(config: Config) -> tuple[Schedule, tuple[Unit, ...], tuple[tuple[int, int], ...]]:
+    """The schedule, lowered and proven, with the units of the model and the span of each stage: no process needed."""
+    shape = config.mesh_shape
+    table = SCHEDULES[config.pipeline.schedule](shape.pipeline, resolve_batch(config).num_microbatches)
+    schedule = _prove(table)
+    return schedule, *plan_stages(config, schedule)
+
+
 def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBuilder = Transformer) -> nn.Module:
     """One stage of the model, on the meta device."""
     return model(
@@ -117,9 +125,8 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     if problems := check(config):
         raise ConfigError("; ".join(problems))
     batch = resolve_batch(config)
-    table = SCHEDULES[config.pipeline.schedule](mesh.shape.pipeline, batch.num_microbatches)
-    schedule, evaluation = _prove(table), _prove(forward_only(table))
-    units, spans = plan_stages(config, schedule)
+    schedule, units, spans = plan_run(config)
+    evaluation = _prove(forward_only(schedule))
     rank = mesh.pipeline.rank
     stages = {s: build_stage(config, mesh, range(*spans[s]), model) for s in schedule.stages_of(rank)}
     specs = {s: collect(stage, mesh) for s, stage in stages.items()}

@@ -126,7 +126,8 @@ class Checkpoints:
         now["batch"]["global_size"] = self.run.batch.global_size
         different = []
         for key in SAME:
-            before, after = saved.get("config", {}), now
+            before: Any = saved.get("config", {})
+            after: Any = now
             for part in key.split("."):
                 before, after = before.get(part, {}), after[part]
             if before != after:

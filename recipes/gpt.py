@@ -7,6 +7,7 @@ python recipes/gpt.py --help                                            every ke
 """
 
 import itertools
+from typing import Any
 
 from parallax.assemble import DTYPES, assemble
 from parallax.batches import token_batches, validation_batches
@@ -46,7 +47,7 @@ def main() -> None:
         metrics.say(f"resumed from {resumed} at step {state.step}")
 
     # This rank's part of each global batch; which samples those are depends on (seed, step) alone.
-    part = {
+    part: dict[str, Any] = {
         "global_size": run.batch.global_size,
         "sequence_length": config.corpus.sequence_length,
         "data_rank": mesh.data.rank,

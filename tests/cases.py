@@ -48,10 +48,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def fit_kv_heads(changes: dict[str, Any], tensor: int) -> dict[str, Any]:
+    """Key/value heads that this tensor size shares or, at 4 and 8, repeats."""
+    if "model.kv_heads" not in changes:
+        return changes
+    return changes | {"model.kv_heads": {4: 2, 8: 4}.get(tensor, 6)}
+
+
 def make_config(mesh: str, **changes: Any) -> Config:
     options = BASE | changes | {"mesh": mesh}
-    if mesh.split("x")[1:2] == ["8"] and options.get("model.kv_heads") == 6:
-        options["model.kv_heads"] = 4  # 8 ranks share or repeat 4 heads, not 6
     return load([f"{key}={value}" for key, value in options.items() if value is not None])
 
 

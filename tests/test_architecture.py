@@ -154,7 +154,7 @@ def test_no_forbidden_names():
 
 
 @pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"]], ids=" ".join
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
 )
 def test_linters(command: list[str]):
     tool = Path(sys.executable).parent / command[0]

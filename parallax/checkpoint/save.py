@@ -179,7 +179,8 @@ def find(directory: Path) -> list[Path]:
 
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint."""
-    return (find(directory) or [None])[-1]
+    found = find(directory)
+    return found[-1] if found else None
 
 
 def _prune(directory: Path, keep: int) -> None:

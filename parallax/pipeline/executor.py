@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class _Tail(torch.autograd.Function):
         return output.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.arrived.pop(), None
 
 
@@ -97,7 +97,7 @@ class Executor:
                 f"{sorted(schedule.stages_of(rank))}"
             )
         # What each op means is the method of its name.
-        self._do = {
+        self._do: dict[Op, Callable[[Action], None]] = {
             Op.F: self._forward,
             Op.B: self._backward,
             Op.I: self._input_gradient,
@@ -206,7 +206,7 @@ class Executor:
             state.tail = output
         else:
             self._ready[Message("F", stage + 1, index)] = output.detach()
-            state.tail = _Tail.apply(output, state.arrived) if self.trains else None  # type: ignore[assignment]
+            state.tail = _Tail.apply(output, state.arrived) if self.trains else None
         if self.trains:
             self._in_flight[stage, index] = state
 

@@ -104,7 +104,7 @@ class _Column(torch.autograd.Function):
         return nn.functional.linear(x_ND, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         layer: ColumnParallelLinear = ctx.layer
         (x_ND,) = ctx.saved_tensors
         partial = grad @ layer.weight
@@ -128,7 +128,7 @@ class _Row(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         layer: RowParallelLinear = ctx.layer
         (x,) = ctx.saved_tensors
         bias_grad = _bias_grad(layer.sink, layer.bias, grad)
@@ -178,9 +178,9 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> [..., f]; with sequence_parallel [n, D] -> [N, f]."""
         if self.sequence_parallel or x.dim() == 2:
-            return _Column.apply(x, self.weight, self.bias, self)  # type: ignore[return-value]
+            return _Column.apply(x, self.weight, self.bias, self)
         y = _Column.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
-        return y.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+        return y.view(*x.shape[:-1], -1)
 
 
 def _piece_layout(piece: Piece, in_features: int, tensor: Axis, init_std: float) -> tuple[Layout, Layout]:
@@ -251,9 +251,9 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., f] -> [..., D]; with sequence_parallel [N, f] -> [n, D]."""
         if self.sequence_parallel or x.dim() == 2:
-            return _Row.apply(x, self.weight, self.bias, self)  # type: ignore[return-value]
+            return _Row.apply(x, self.weight, self.bias, self)
         y = _Row.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
-        return y.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+        return y.view(*x.shape[:-1], -1)
 
 
 def replicated(tensor: Axis, shape: tuple[int, ...], sequence_parallel: bool, mean: float = 0.0) -> Layout:
@@ -283,7 +283,7 @@ class _Embedding(torch.autograd.Function):
         return reduce_scatter(x_ND, layer.tensor) if layer.sequence_parallel else all_reduce(x_ND, layer.tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
         layer: VocabParallelEmbedding = ctx.layer
         ids_N, outside = ctx.saved_tensors
         grad_ND = all_gather(grad, layer.tensor) if layer.sequence_parallel else grad
@@ -356,4 +356,4 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int64 of any shape -> [..., D]; with sequence_parallel [N] -> [n, D]."""
         x = _Embedding.apply(ids.reshape(-1), self.weight, self)
-        return x if self.sequence_parallel else x.view(*ids.shape, -1)  # type: ignore
+        return x if self.sequence_parallel else x.view(*ids.shape, -1)

@@ -34,7 +34,7 @@ def vocab_parallel_cross_entropy(
     Collectives: one all-gather of 3N numbers (each rank's maximum, sum of exponentials at that maximum, target logit).
     Source: arXiv:1909.08053, section 3, with the maximum and both sums in one message.
     """
-    return _CrossEntropy.apply(logits_Nv, targets_N, tensor, vocab_range, ignore_index, overwrite)  # type: ignore
+    return _CrossEntropy.apply(logits_Nv, targets_N, tensor, vocab_range, ignore_index, overwrite)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -65,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad.mul_(grad_output.to(grad.dtype)), None, None, None, None, None)
 

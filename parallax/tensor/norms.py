@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         layer: RMSNorm = ctx.layer
         x, rstd = ctx.saved_tensors
         normal, wide = _wide(x) * rstd, _wide(grad)
@@ -60,7 +60,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         layer: LayerNorm = ctx.layer
         x, mean, rstd = ctx.saved_tensors
         grad = grad.contiguous()
@@ -106,7 +106,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self)
-        return y.view(x.shape)  # type: ignore[union-attr]
+        return y.view(x.shape)
 
 
 class LayerNorm(nn.Module):
@@ -139,7 +139,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
-        return y.view(x.shape)  # type: ignore[union-attr]
+        return y.view(x.shape)
 
 
 def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float) -> Tensor:

@@ -94,5 +94,8 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
                 ok, value = False, "the process ended without a word"
             (results if ok else failures)[rank] = value
     if failures:
-        raise RankFailure("\n".join(f"--- rank {rank}\n{text}" for rank, text in sorted(failures.items())))
+        ranks_of: dict[str, list[int]] = {}
+        for rank, text in sorted(failures.items()):
+            ranks_of.setdefault(text, []).append(rank)
+        raise RankFailure("\n".join(f"--- ranks {where}\n{text}" for text, where in ranks_of.items()))
     return [results[rank] for rank in range(len(pipes))]

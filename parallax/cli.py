@@ -1,0 +1,76 @@
+"""The `parallax` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+
+from parallax.errors import ParallaxError
+
+__all__ = ["COMMANDS", "main"]
+
+
+def check(argv: Sequence[str]) -> int:
+    """What a configuration would run, without running it: mesh, batch, stages, and that its schedule ends."""
+    from parallax.assemble import plan_run
+    from parallax.config_io import load
+
+    config = load(argv)
+    schedule, units, spans = plan_run(config)
+    from parallax.config import resolve_batch
+    from parallax.pipeline.split import stage_table
+
+    print(f"mesh {config.mesh_shape.describe()}")
+    print(f"batch {resolve_batch(config).equation}")
+    print(f"schedule {schedule.name}: {len(schedule.programs)} ranks, proven to end on an ordered wire")
+    print(f"{sum(unit.params for unit in units):,} parameters")
+    print(stage_table(spans, units, schedule.stage_to_rank))
+    return 0
+
+
+def parity(argv: Sequence[str]) -> int:
+    """Train on two or more meshes and compare the loss and gradient norm of every step."""
+    from parallax.parity import run_parity
+
+    return run_parity(argv)
+
+
+COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "check": (check, "[config=FILE.yaml] [key=value ...]"),
+    "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: parallax COMMAND [key=value ...]", ""]
+    for name, (function, arguments) in COMMANDS.items():
+        lines += [f"  {name} {arguments}", f"      {(function.__doc__ or '').splitlines()[0]}"]
+    lines += ["", "  parallax COMMAND --help lists the keys; training itself is recipes/gpt.py"]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A ParallaxError is one line on stderr, and 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"error: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    function, arguments_text = COMMANDS[name]
+    if "--help" in rest or "-h" in rest:
+        from parallax.config_io import help_text
+
+        keys = help_text().partition("\n\n")[2]
+        print(f"usage: parallax {name} {arguments_text}\n{function.__doc__}\n\n{keys}", end="")
+        return 0
+    try:
+        return function(rest)
+    except ParallaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
