@@ -93,7 +93,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> Path:
         """Write every rank's boxes; returns the new directory. Raises CheckpointError, on every rank alike."""
-        counts = {"step": state.step, "tokens": state.tokens, "mesh": str(self.run.mesh.shape)}
+        counts: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "mesh": str(self.run.mesh.shape)}
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
         keep = self.run.config.checkpoint.keep
