@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Accumulate", "GradSink", "attach"]
@@ -47,6 +48,7 @@ class GradSink:
         while kept:
             self._run(*kept.pop())
 
+    @torch.no_grad()  # W runs outside of autograd's backward
     def _run(self, parameter: nn.Parameter, accumulate: Accumulate) -> None:
         accumulate(self.buffers[parameter])
         if self.on_accumulated is not None:

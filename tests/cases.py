@@ -13,6 +13,8 @@ from parallax.config_io import load
 from parallax.mesh import Mesh, init_mesh
 from parallax.step import TrainState, evaluate, train_step
 
+torch.set_num_threads(1)  # as the ranks have it: two threads add up in another order
+
 BASE: dict[str, Any] = {
     "dtype": "float64",
     "model.layers": 7,  # no stage count of the tests divides the 9 units or the 7 layers

@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -39,9 +40,10 @@ def _worker(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size
         if size > 1:
             os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
             torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        pipe.send((True, function(*args)))
+        # Plain pickle: multiprocessing would share tensors through files that end with this process.
+        pipe.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:  # noqa: BLE001 - whatever it is, it goes back to the test
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         pipe.close()
         os._exit(1)  # peers may wait for this rank: do not stay for a tidy end
     comm.close()
@@ -89,7 +91,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
         for pipe in ready:
             rank = open_pipes[pipe]
             try:
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ok, value = False, "the process ended without a word"
             (results if ok else failures)[rank] = value

@@ -1,0 +1,137 @@
+"""Every schedule through the executor, all ranks in one process: bit for bit what plain gradient accumulation does."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax.errors import ScheduleError
+from parallax.pipeline import executor as executor_file
+from parallax.pipeline.executor import Executor, run_together
+from parallax.pipeline.lower import lower
+from parallax.pipeline.schedule import Action, Op, Schedule
+from parallax.pipeline.schedules import SCHEDULES, forward_only
+from parallax.pipeline.transport import LocalTransport
+from parallax.pipeline.validate import validate
+from tests.cases import VARIANTS
+from tests.local.pipelines import LocalPipeline, split_backward, two_stages_a_rank
+
+STEPS = 3
+NUM_MICROBATCHES = 6
+
+
+@functools.cache
+def alone(variant: str) -> Mapping[str, Tensor]:
+    return LocalPipeline(SCHEDULES["1f1b"](1, NUM_MICROBATCHES), **VARIANTS[variant]).train(STEPS)
+
+
+TABLES: dict[str, Any] = {name: make for name, make in SCHEDULES.items()}
+TABLES |= {f"split-{d}": functools.partial(split_backward, delay=d) for d in (0, 1, 3)}
+TABLES["two-stages-a-rank"] = two_stages_a_rank
+
+
+@pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "gpt2-dropout"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("table", TABLES)
+def test_every_schedule_is_gradient_accumulation_bit_for_bit(table: str, ranks: int, variant: str):
+    schedule = TABLES[table](ranks, NUM_MICROBATCHES)
+    validate(lower(schedule))
+    trained = LocalPipeline(schedule, **VARIANTS[variant]).train(STEPS)
+    assert trained.keys() == alone(variant).keys()
+    for name, values in alone(variant).items():
+        assert torch.equal(values, trained[name]), name
+
+
+def test_backward_in_another_order_is_seen():
+    """Float32 sums depend on their order: the bit-for-bit test above can fail."""
+    base = SCHEDULES["gpipe"](2, NUM_MICROBATCHES)
+    programs = tuple(p[:NUM_MICROBATCHES] + p[NUM_MICROBATCHES:][::-1] for p in base.programs)
+    backwards = Schedule("lifo", NUM_MICROBATCHES, base.stage_to_rank, programs)
+    with pytest.raises(ScheduleError, match="microbatch order"):
+        validate(backwards)
+    trained = LocalPipeline(backwards, **VARIANTS["llama"]).train(STEPS)
+    assert any(not torch.equal(values, trained[name]) for name, values in alone("llama").items())
+
+
+def test_a_stage_s_output_is_freed_once_it_is_sent(monkeypatch):
+    """Only the graph stays between forward and backward: the output's memory goes with the message."""
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    honest = executor_file._Tail.forward
+
+    def spy(ctx: Any, output: Tensor, arrived: list[Tensor]) -> Tensor:
+        alive.append(weakref.ref(output))
+        return honest(ctx, output, arrived)
+
+    monkeypatch.setattr(executor_file._Tail, "forward", staticmethod(spy))
+    kept: list[int] = []
+
+    class Watching(LocalTransport):
+        def send(self, tensor: Tensor, message: Any, rank: int) -> None:
+            super().send(tensor, message, rank)
+            del tensor
+            gc.collect()
+            if message.kind == "F":
+                kept.append(sum(ref() is not None for ref in alive))
+
+    pipeline = LocalPipeline(SCHEDULES["gpipe"](2, NUM_MICROBATCHES), **VARIANTS["llama"])
+    transport = Watching()
+    for executor in pipeline.executors:
+        executor.transport = transport
+    pipeline.run(0)
+    assert len(kept) == NUM_MICROBATCHES
+    assert max(kept) <= 1, "at most the output just being sent is alive"
+
+
+def test_after_a_run_nothing_is_left_behind():
+    pipeline = LocalPipeline(split_backward(3, NUM_MICROBATCHES, 2), **VARIANTS["gpt2-tied"])
+    pipeline.run(0)
+    for executor in pipeline.executors:
+        left = (executor._ready, executor._receipts, executor._in_flight, executor._kept)
+        assert not any(left)
+
+
+def test_evaluation_records_no_graph():
+    schedule = forward_only(SCHEDULES["1f1b"](2, NUM_MICROBATCHES))
+    pipeline = LocalPipeline(schedule, **VARIANTS["llama"])
+    loss = pipeline.run(0)
+    assert not loss.requires_grad and float(loss) > 0
+    assert all(not flat.grads.any() for flat in pipeline.flats.values())
+    assert all(not executor._in_flight for executor in pipeline.executors)
+
+
+def test_a_stuck_pipeline_says_who_waits_for_what():
+    """Rank 0 wants the gradient before it has given the input."""
+    programs = (
+        (Action(0, Op.RECV_B, 0), Action(0, Op.F, 0), Action(0, Op.B, 0), Action(0, Op.SEND_F, 0)),
+        (Action(1, Op.RECV_F, 0), Action(1, Op.F, 0), Action(1, Op.B, 0), Action(1, Op.SEND_B, 0)),
+    )
+    stuck = Schedule("stuck", 1, (0, 1), programs)
+    with pytest.raises(ScheduleError, match=r"rank 0, column 2 \(0B0\) waits for 1SEND_B0.*rank 1, column 1 \(1F0\)"):
+        validate(stuck)
+    pipeline = LocalPipeline(SCHEDULES["gpipe"](2, 1), **VARIANTS["llama"])
+    transport = LocalTransport()
+    executors = [
+        Executor({e.rank: pipeline.stages[e.rank]}, e.sinks, stuck, e.rank, transport, e.sync)
+        for e in pipeline.executors
+    ]
+    from tests.cases import make_batch
+
+    batch = make_batch(pipeline.config, pipeline.mesh, 0).split(1)
+    with pytest.raises(ScheduleError, match="stuck: rank 0 at 0B0; rank 1 at 1F0"):
+        run_together(executors, [batch, batch], scale=1.0)
+
+
+def test_the_wrong_number_of_microbatches_or_stages_is_refused():
+    pipeline = LocalPipeline(SCHEDULES["gpipe"](1, 2), **VARIANTS["llama"])
+    with pytest.raises(ScheduleError, match="3 microbatches given, schedule gpipe has 2"):
+        pipeline.executors[0].run([None] * 3, scale=1.0)
+    two = lower(SCHEDULES["gpipe"](2, 2))
+    with pytest.raises(ScheduleError, match=r"has stages \[0\], schedule gpipe gives it \[1\]"):
+        Executor({0: pipeline.stages[0]}, {}, two, 1, LocalTransport(), pipeline.sync)

@@ -1,0 +1,92 @@
+"""The cross entropy on one rank; tests/ranks/test_layers.py cuts its vocabulary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallax.mesh import Axis
+from parallax.tensor import loss as loss_file
+from parallax.tensor.loss import vocab_parallel_cross_entropy
+
+ALONE = Axis("tensor")
+
+
+def ours(logits: Tensor, targets: Tensor, vocab: int, **options: bool) -> Tensor:
+    return vocab_parallel_cross_entropy(logits, targets, ALONE, vocab_range=(0, vocab), **options)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_it_is_torch_s_sum_of_losses(monkeypatch, chunk: int, overwrite: bool):
+    """Ignored targets count nothing; columns beyond the vocabulary are padding; any chunk size is the same."""
+    monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    logits = torch.randn(9, 16, dtype=torch.float64)
+    logits[:, 13:] = 100.0  # padding must not reach the sum of exponentials
+    targets = torch.randint(0, 13, (9,))
+    targets[[2, 5]] = -100
+    mine = logits.clone().requires_grad_()
+    total = ours(mine * 1.0, targets, 13, overwrite=overwrite)
+    (total * 0.25).backward()
+    other = logits[:, :13].clone().requires_grad_()
+    reference = F.cross_entropy(other, targets, reduction="sum")
+    (reference * 0.25).backward()
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total, reference, rtol=1e-12, atol=1e-12)
+    assert mine.grad is not None and other.grad is not None
+    torch.testing.assert_close(mine.grad[:, :13], other.grad, rtol=1e-12, atol=1e-12)
+    assert not mine.grad[:, 13:].any() and not mine.grad[[2, 5]].any()
+
+
+def test_huge_logits_do_not_overflow():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 0.0]], requires_grad=True)
+    total = ours(logits * 1.0, torch.tensor([0, 1]), 3)
+    total.backward()
+    assert float(total.detach()) == 0.0
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+def test_all_ignored_is_zero_loss_and_zero_gradient():
+    logits = torch.randn(4, 5, requires_grad=True)
+    total = ours(logits * 1.0, torch.full((4,), -100), 5)
+    total.backward()
+    assert float(total.detach()) == 0.0
+    assert logits.grad is not None and not logits.grad.any()
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    torch.manual_seed(0)
+    logits = torch.randn(8, 4096).bfloat16()
+    targets = torch.randint(0, 4096, (8,))
+    reference = F.cross_entropy(logits.double(), targets, reduction="sum")
+    torch.testing.assert_close(ours(logits.clone(), targets, 4096), reference, rtol=1e-5, atol=0)
+
+
+def test_peak_memory_is_less_than_half_a_copy_of_the_logits():
+    """Beside logits of 256 MB the overwriting loss needs its chunks alone: torch's own needs two more copies."""
+    code = (
+        "import resource, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from parallax.mesh import Axis\n"
+        "from parallax.tensor.loss import vocab_parallel_cross_entropy as loss\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "def run(n):\n"
+        "    x = torch.zeros(n, 8192, requires_grad=True)\n"
+        "    y = x * 1.0\n"
+        "    before = peak()\n"
+        "    loss(y, torch.zeros(n, dtype=torch.int64), Axis('tensor'), vocab_range=(0, 8192), overwrite=True)"
+        ".backward()\n"
+        "    return peak() - before\n"
+        "run(8)\n"
+        "print(run(8192))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    logits_bytes = 8192 * 8192 * 4
+    # x.grad is the overwritten logits themselves times 1.0: one more copy belongs to the multiplication, not the loss.
+    assert int(done.stdout) < 1.5 * logits_bytes
