@@ -58,9 +58,9 @@ class Tie:
 class Replicate:
     """All-reduces flat gradient buffers over mesh.grad while the last backward still runs.
 
-    Volume a step and rank: 2(n-1)/n of the gradient bytes over the n ranks of mesh.grad, whatever the number of
-    microbatches; over tensor, one all-reduce of the gradients that are partial there; and the bytes of each tied
-    parameter once to the peer stage.
+    Volume a step and rank: 2(n-1)/n of the gradient bytes (each parameter padded to 64 elements) over the n ranks of
+    mesh.grad, whatever the number of microbatches; over tensor, one all-reduce of the gradients that are partial
+    there; and the bytes of each tied parameter once to the peer stage.
     flats: the buffers of this rank's stages. sinks: where those stages' layers send weight gradients.
     """
 
