@@ -21,7 +21,7 @@ import yaml
 
 from parallax.config import Config, check, keys, kind_name, resolve_batch, schedule_names, sections, value_fits
 from parallax.config_names import did_you_mean, unknown_key
-from parallax.errors import ConfigError
+from parallax.errors import ConfigError, report
 
 __all__ = ["help_text", "load", "parse_command_line", "to_dict", "to_yaml", "with_overrides"]
 
@@ -42,8 +42,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
         try:
             config = load([argument for argument in argv if argument != "--print-config"])
         except ConfigError as error:
-            if speaks:
-                print(f"error: {error}", file=sys.stderr)
+            report(error)
             raise SystemExit(2) from None
         if "--print-config" not in argv:
             return config

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "MeshError", "ParallaxError", "ScheduleError"]
+import os
+import sys
+import time
+
+__all__ = ["CheckpointError", "ConfigError", "MeshError", "ParallaxError", "ScheduleError", "report"]
+
+GRACE_S = 10.0
 
 
 class ParallaxError(ValueError):
@@ -23,3 +29,14 @@ class ScheduleError(ParallaxError):
 
 class CheckpointError(ParallaxError):
     """A checkpoint that is missing, damaged, or belongs to another model. Names the file."""
+
+
+def report(error: ParallaxError) -> None:
+    """Print an error that every rank has alike, in one line, on rank 0; the caller exits with 2 then.
+
+    torchrun ends all ranks once one has exited, so the others wait here until rank 0 has had the time to speak.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_S)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from parallax import comm
-from parallax.errors import ParallaxError
+from parallax.errors import ParallaxError, report
 
 __all__ = ["entrypoint"]
 
@@ -25,8 +25,7 @@ def entrypoint(main: Callable[[], None]) -> None:
     try:
         record(_labelled(main))()
     except ParallaxError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report(error)
         _leave(2)
     except Exception:  # noqa: BLE001 - already printed
         _leave(1)

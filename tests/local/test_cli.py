@@ -1,0 +1,65 @@
+"""The parallax command: what needs no ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from parallax import cli
+from parallax import parity as parity_file
+from parallax.parity import Row, compare, run_parity
+
+
+def test_usage_lists_every_command(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert cli.main(["parity", "--help"]) == 0
+    assert "model.layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["party"], "did you mean parity?"),
+        (["parity", "mesh=1x1x1"], "give two or more"),
+        (["parity", "mesh=1x1x1", "mesh=1x1x1"], "not all different"),
+        (["parity", "mesh=1x1x1", "mesh=1x2"], "mesh=1x2 has 2 sizes"),
+        (["parity", "mesh=1x1x1", "mesh=2x1x1", "model.layer=2"], "did you mean model.layers"),
+        (
+            ["parity", "mesh=1x1x1", "mesh=2x1x1", "batch.microbatch_size=2", "batch.num_microbatches=2"],
+            "global batches of 4, 8 samples; set batch.global_size",
+        ),
+        (["check", "mesh=2x3x1"], "model.heads=8 does not divide by tensor=3"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments: list[str], message: str):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_shows_what_would_run_on_ranks_that_are_not_there(capsys):
+    assert cli.main(["check", "mesh=8x4x3", "batch.global_size=48"]) == 0
+    text = capsys.readouterr().out
+    assert "data=8 tensor=4 pipeline=3 (96 ranks)" in text
+    assert "global_size 48 = data 8 x microbatch_size 1 x num_microbatches 6" in text
+    assert "embedding" in text and ".. head" in text
+
+
+def test_compare_finds_the_largest_difference():
+    first = [Row(1, 2.0, 1.0), Row(2, 1.0, 1.0)]
+    text, worst = compare(["1x1x1", "2x1x1"], [first, [Row(1, 2.0, 1.0), Row(2, 1.0, 1.25)]])
+    assert worst == 0.25 and "2.5e-01" in text
+    assert compare(["a", "b"], [first, first])[1] == 0.0
+    assert compare(["a", "b"], [first, first[:1]])[1] == float("inf")
+    assert compare(["a", "b"], [first, [Row(1, float("nan"), 1.0), first[1]]])[1] == float("inf")
+
+
+@pytest.mark.parametrize(("difference", "code"), [(1e-12, 0), (1e-8, 1)])
+def test_the_exit_code_follows_the_bound_of_the_dtype(monkeypatch, capsys, difference: float, code: int):
+    def fake(shape, arguments):
+        assert "steps=4" in arguments
+        return [Row(1, 2.0, 1.0 + difference * (shape.size > 1))]
+
+    monkeypatch.setattr(parity_file, "_run", fake)
+    assert run_parity(["mesh=1x1x1", "mesh=2x1x1", "dtype=float64"]) == code
+    assert ("NOT" in capsys.readouterr().out) == bool(code)
