@@ -67,7 +67,7 @@ class MeshShape:
         """
         if isinstance(text, MeshShape):
             return text
-        parts = str(text).strip().lower().split("x")
+        parts = re.split(r"(?<=\d)x", str(text).strip().lower())  # an x after a size: context and expert have one too
         if all(re.fullmatch(r"[+-]?\d+", part) for part in parts):
             if len(parts) != len(POSITIONAL):
                 raise MeshError(
@@ -76,7 +76,7 @@ class MeshShape:
                 )
             return cls(**dict(zip(POSITIONAL, map(int, parts), strict=True)))
         sizes: dict[str, int] = {}
-        for part in _rejoin_context(parts):
+        for part in parts:
             match = re.fullmatch(r"([a-z]+)([+-]?\d+)", part)
             name = match and SHORT.get(match[1], match[1])
             if not match or name not in RANK_AXES + ("expert",):
@@ -134,17 +134,6 @@ class MeshShape:
             return f"{self.data}x{self.tensor}x{self.pipeline}"
         named = [f.name for f in fields(self) if self.axis_size(f.name) > 1]
         return "x".join(f"{a}{self.axis_size(a)}" for a in named)
-
-
-def _rejoin_context(parts: list[str]) -> list[str]:
-    """Undo the cut through the letter x inside the word `context`."""
-    joined: list[str] = []
-    for part in parts:
-        if joined and joined[-1] == "conte" and part.startswith("t"):
-            joined[-1] = "contex" + part
-        else:
-            joined.append(part)
-    return joined
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,206 @@
+"""The laws of every registered schedule, and faults that must be refused. A new schedule brings its own tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from parallax.errors import ScheduleError
+from parallax.pipeline.lower import lower
+from parallax.pipeline.schedule import COMPUTE, Action, Op, Schedule
+from parallax.pipeline.schedules import SCHEDULES, forward_only, gpipe, one_f_one_b
+from parallax.pipeline.simulate import Cost, simulate
+from parallax.pipeline.validate import Wire, validate
+
+SIZES = [(p, m) for p in range(1, 9) for m in range(1, 4 * p + 1)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_complete_and_ends_on_every_wire(name: str):
+    for p, m in SIZES:
+        lowered = lower(SCHEDULES[name](p, m))
+        for wire in Wire:
+            validate(lowered, wire=wire)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_stage_and_microbatch_occurs_once(name: str):
+    for p, m in SIZES:
+        schedule = SCHEDULES[name](p, m)
+        done = [str(action) for _, _, action in schedule.actions()]
+        assert len(done) == len(set(done))
+        forwards = {(a.stage, a.microbatch) for _, _, a in schedule.actions() if a.op == Op.F}
+        assert forwards == {(s, i) for s in range(schedule.num_stages) for i in range(m)}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_table_that_runs_takes_as_long_as_the_one_that_is_drawn(name: str):
+    """Lowering changes no time when messages are free, and no message is free of charge when they are not."""
+    for p, m in [(1, 3), (2, 4), (4, 7), (8, 8)]:
+        table = SCHEDULES[name](p, m)
+        cost = Cost(forward=1.0, input_grad=1.5, weight_grad=0.5)
+        assert simulate(lower(table), cost).makespan == pytest.approx(simulate(table, cost).makespan)
+        slow = Cost(forward=1.0, input_grad=1.5, weight_grad=0.5, send_s=0.25)
+        if p > 1:
+            assert simulate(lower(table), slow).makespan > simulate(table, cost).makespan
+
+
+@pytest.mark.parametrize("make", [gpipe, one_f_one_b])
+@pytest.mark.parametrize(("forward", "backward"), [(1.0, 2.0), (1.0, 1.0), (3.0, 1.0)])
+def test_makespan_and_bubble_of_the_papers(make: Callable[..., Schedule], forward: float, backward: float):
+    for p, m in SIZES:
+        if make is one_f_one_b and m < p and forward > backward:
+            continue  # the law is of full pipelines
+        timeline = simulate(make(p, m), Cost(forward, backward / 2, backward / 2))
+        assert timeline.makespan == pytest.approx((m + p - 1) * (forward + backward))
+        assert timeline.bubble == pytest.approx((p - 1) / (m + p - 1))
+
+
+def test_in_flight_of_the_papers():
+    for p, m in SIZES:
+        assert simulate(gpipe(p, m), Cost()).in_flight == (m,) * p
+        assert simulate(one_f_one_b(p, m), Cost()).in_flight == tuple(min(p - r, m) for r in range(p))
+
+
+def test_a_slow_stage_sets_the_pace():
+    cost = Cost(forward=[1, 1, 5, 1], input_grad=[1, 1, 5, 1], weight_grad=[1, 1, 5, 1])
+    timeline = simulate(one_f_one_b(4, 32), cost)
+    assert timeline.busy == pytest.approx((96, 96, 480, 96))
+    assert 480 <= timeline.makespan < 480 * 1.1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_text_form_reads_back(name: str):
+    for _, _, action in lower(SCHEDULES[name](4, 6)).actions():
+        assert Action.parse(str(action)) == action
+    assert str(Action(3, Op.SEND_B, 1)) == "3SEND_B1" and str(Action(0, Op.UNSHARD)) == "0UNSHARD"
+
+
+@pytest.mark.parametrize("text", ["", "F0", "0X1", "0F", "0UNSHARD3", "-1F0", "0F0 1", "0 F 0"])
+def test_text_that_is_no_action_is_refused(text: str):
+    with pytest.raises(ScheduleError, match="is no action; write stage, op, microbatch"):
+        Action.parse(text)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_lowering_adds_the_messages_and_nothing_else(name: str):
+    for p, m in [(1, 2), (2, 3), (5, 6)]:
+        table = SCHEDULES[name](p, m)
+        lowered = lower(table)
+        assert lower(lowered) is lowered or p == 1
+        for before, after in zip(table.programs, lowered.programs, strict=True):
+            assert tuple(a for a in after if a.op in COMPUTE) == before
+        counts = {op: sum(a.op == op for _, _, a in lowered.actions()) for op in Op}
+        crossings = sum(a != b for a, b in zip(table.stage_to_rank, table.stage_to_rank[1:], strict=False))
+        for op in (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
+            assert counts[op] == crossings * m
+        assert counts[Op.UNSHARD] == counts[Op.RESHARD] == counts[Op.REDUCE_GRAD] == table.num_stages
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_evaluation_has_the_forwards_alone(name: str):
+    schedule = forward_only(SCHEDULES[name](4, 6))
+    lowered = lower(schedule)
+    for wire in Wire:
+        validate(lowered, wire=wire)
+    assert not schedule.trains
+    assert {a.op for _, _, a in lowered.actions()} == {Op.F, Op.SEND_F, Op.RECV_F, Op.UNSHARD, Op.RESHARD}
+    assert simulate(schedule, Cost()).in_flight == (0, 0, 0, 0)
+
+
+def test_sizes_below_one_are_refused():
+    for make in SCHEDULES.values():
+        for p, m in [(0, 1), (1, 0)]:
+            with pytest.raises(ScheduleError, match="at least 1 rank and 1 microbatch"):
+                make(p, m)
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+def changed(schedule: Schedule, rank: int, change: Callable[[list[Action]], object]) -> Schedule:
+    program = list(schedule.programs[rank])
+    change(program)
+    programs = (*schedule.programs[:rank], tuple(program), *schedule.programs[rank + 1 :])
+    return Schedule(schedule.name, schedule.num_microbatches, schedule.stage_to_rank, programs)
+
+
+def at(text: str) -> Action:
+    return Action.parse(text)
+
+
+def swap(program: list[Action], left: str, right: str) -> None:
+    i, j = program.index(at(left)), program.index(at(right))
+    program[i], program[j] = program[j], program[i]
+
+
+FAULTS: list[tuple[str, Callable[[list[Action]], object], str]] = [
+    ("lost backward", lambda p: p.remove(at("1B2")), r"stage 1 \(rank 1\) has F for microbatch 2; it needs F and"),
+    ("twice", lambda p: p.append(at("1F0")), r"rank 1, column \d+ \(1F0\) is there twice"),
+    ("foreign stage", lambda p: p.append(at("0F0")), r"rank 1, column \d+ \(0F0\): stage 0 is on rank 0"),
+    ("no such stage", lambda p: p.append(at("9F0")), r"\(9F0\): there are stages 0 to 2"),
+    ("no such microbatch", lambda p: p.append(at("1F7")), r"\(1F7\): microbatches are 0 to 3"),
+    ("order", lambda p: swap(p, "1B0", "1B1"), r"stage 1 accumulates gradients in the order \[1, 0, 2, 3\]"),
+    ("both B and W", lambda p: p.append(at("1W0")), r"stage 1 \(rank 1\) has B, F, W"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_a_faulty_table_is_refused_with_its_place(change: Callable[[list[Action]], object], message: str):
+    with pytest.raises(ScheduleError, match=message):
+        validate(changed(one_f_one_b(3, 4), 1, change))
+
+
+def test_a_receive_that_is_missing_is_named():
+    broken = changed(lower(one_f_one_b(3, 4)), 1, lambda p: p.remove(at("1RECV_F2")))
+    with pytest.raises(ScheduleError, match=r"rank 0, column \d+ \(0SEND_F2\) has no 1RECV_F2 to meet it"):
+        validate(broken)
+
+
+def test_a_send_before_what_it_sends_is_a_deadlock_that_is_named():
+    broken = changed(lower(one_f_one_b(3, 4)), 1, lambda p: swap(p, "1SEND_F0", "1F0"))
+    with pytest.raises(ScheduleError, match=r"rank 1, column \d+ \(1SEND_F0\) waits for 1F0"):
+        validate(broken)
+
+
+def test_two_ranks_that_wait_for_each_other_are_both_named():
+    table = one_f_one_b(2, 2)
+    broken = changed(table, 0, lambda p: swap(p, "0F0", "0B0"))
+    with pytest.raises(ScheduleError, match=r"rank 0, column 0 \(0B0\) waits for 0F0.*rank 1, column 0 \(1F0\) waits"):
+        validate(broken)
+    with pytest.raises(ScheduleError, match="never ends: rank 0 at 0B0; rank 1 at 1F0"):
+        simulate(broken, Cost())
+
+
+def test_an_ordered_wire_refuses_messages_in_another_order():
+    """A wire that matches by name does not mind."""
+    broken = changed(lower(gpipe(2, 3)), 1, lambda p: swap(p, "1RECV_F0", "1RECV_F1"))
+    validate(broken, wire=Wire.TAGGED)
+    with pytest.raises(ScheduleError, match=r"message 0 is 0SEND_F0, but rank 1 receives 0SEND_F1"):
+        validate(broken, wire=Wire.ORDERED)
+
+
+def late(schedule: Schedule) -> Schedule:
+    """Every RECV moved right before the compute that needs it, as a naive lowering has it."""
+    programs = []
+    for program in lower(schedule).programs:
+        receives = {(a.stage, a.op, a.microbatch): a for a in program if a.op in (Op.RECV_F, Op.RECV_B)}
+        out: list[Action] = []
+        for action in program:
+            if action.op in (Op.RECV_F, Op.RECV_B):
+                continue
+            need = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}.get(action.op)
+            if need and (action.stage, need, action.microbatch) in receives:
+                out.append(receives[action.stage, need, action.microbatch])
+            out.append(action)
+        programs.append(tuple(out))
+    return Schedule(schedule.name, schedule.num_microbatches, schedule.stage_to_rank, tuple(programs))
+
+
+def test_one_f_one_b_with_late_receives_deadlocks_on_an_ordered_wire():
+    """Both neighbours send first: with sends that wait, neither ever receives. So lower posts receives early."""
+    broken = late(one_f_one_b(4, 8))
+    validate(broken, wire=Wire.TAGGED)
+    with pytest.raises(ScheduleError, match="cannot finish on a wire that is ordered"):
+        validate(broken, wire=Wire.ORDERED)

@@ -1,0 +1,81 @@
+"""Stage splits: the union of the stages is the model exactly once, and the slowest stage is as fast as can be."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallax.config import ModelConfig
+from parallax.errors import ConfigError, ScheduleError
+from parallax.models.costs import unit_costs
+from parallax.pipeline.split import Unit, balanced_split, check_partition, split_from_layers, stage_table
+
+UNITS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=8).map(
+    lambda pairs: [Unit(f"u{i}", float(flops), params) for i, (flops, params) in enumerate(pairs)]
+)
+
+
+def every_split(num_units: int, num_stages: int) -> list[list[tuple[int, int]]]:
+    cuts = itertools.combinations(range(1, num_units), num_stages - 1)
+    return [list(itertools.pairwise([0, *cut, num_units])) for cut in cuts]
+
+
+@given(UNITS, st.integers(1, 8))
+@settings(max_examples=150, deadline=None)
+def test_no_contiguous_split_is_better(units: list[Unit], num_stages: int):
+    if num_stages > len(units):
+        with pytest.raises(ConfigError, match="cannot share"):
+            balanced_split(units, num_stages)
+        return
+    spans = balanced_split(units, num_stages)
+    check_partition(spans, units)
+
+    def flops(span: tuple[int, int]) -> float:
+        return sum(u.flops for u in units[slice(*span)])
+
+    def params(span: tuple[int, int]) -> int:
+        return sum(u.params for u in units[slice(*span)])
+
+    splits = every_split(len(units), num_stages)
+    fastest = min(max(map(flops, split)) for split in splits)
+    assert max(map(flops, spans)) <= 1.05 * fastest
+    near = [split for split in splits if max(map(flops, split)) <= 1.05 * fastest]
+    assert max(map(params, spans)) == min(max(map(params, split)) for split in near)
+
+
+def test_embedding_and_head_are_counted():
+    """A large vocabulary: the head costs as much as many layers, so its stage has fewer."""
+    config = ModelConfig(layers=16, hidden=256, heads=8, vocab=32000)
+    units = [Unit(*cost) for cost in unit_costs(config, 512)]
+    spans = balanced_split(units, 4)
+    layers = [last - first for first, last in spans]
+    assert layers[-1] < layers[1]
+    assert spans[0][0] == 0 and spans[-1][1] == 18
+
+
+def test_the_user_s_split_counts_layers():
+    units = [Unit(str(i), 1.0, 1) for i in range(9)]
+    assert split_from_layers([3, 1, 3], units) == ((0, 4), (4, 5), (5, 9))
+    assert split_from_layers([0, 7, 0], units) == ((0, 1), (1, 8), (8, 9))
+    with pytest.raises(ConfigError, match=r"sums to 6, the model has 7 layers"):
+        split_from_layers([3, 3], units)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[(0, 2), (3, 4)], [(0, 3), (2, 4)], [(0, 4), (4, 4)], [(0, 3)], [(1, 4)], [(2, 4), (0, 2)]],
+    ids=["lost", "twice", "empty", "lost end", "lost start", "order"],
+)
+def test_a_split_that_is_not_the_model_once_is_refused(spans: list[tuple[int, int]]):
+    with pytest.raises(ScheduleError, match="exactly once"):
+        check_partition(spans, [Unit(str(i), 1.0, 1) for i in range(4)])
+
+
+def test_the_table_names_every_stage():
+    units = [Unit("embedding", 0.0, 1000), Unit("layers.0", 30.0, 2000), Unit("head", 10.0, 500)]
+    lines = stage_table([(0, 2), (2, 3)], units, [1, 0]).splitlines()
+    assert lines[1].split() == ["0", "1", "3,000", "75.0%", "embedding", "..", "layers.0"]
+    assert lines[2].split() == ["1", "0", "500", "25.0%", "head"]
