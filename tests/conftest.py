@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests.ranks.workers import run_ranks
 
@@ -11,3 +12,7 @@ from tests.ranks.workers import run_ranks
 def ranks():
     """run_ranks(n, function, *args): see tests/ranks/workers.py."""
     return run_ranks
+
+
+settings.register_profile("parallax", deadline=None)  # a busy machine is no failure
+settings.load_profile("parallax")
