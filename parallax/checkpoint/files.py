@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox
+from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, open_regular
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
@@ -96,7 +96,7 @@ def sync_directory(path: Path) -> None:
 
 def hash_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -106,7 +106,7 @@ def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Te
     """The part `wanted` (global coordinates) of a saved box. Only the pages that hold it are read."""
     path = manifest.path.parent / saved.file
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             count = math.prod(saved.shape) * DTYPES[dtype]
             flat = np.memmap(file, dtype=np.uint8, mode="r", offset=saved.offset, shape=(count,))
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ import torch
 
 from parallax.checkpoint.files import NAMES, hash_file, read_box
 from parallax.checkpoint.manifest import Manifest, overlaps, read_manifest
-from parallax.checkpoint.save import Entry, Exchange, agree
+from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
 from parallax.errors import CheckpointError
 
 __all__ = ["load"]
@@ -57,13 +57,12 @@ def _check_entries(manifest: Manifest, entries: Sequence[Entry]) -> None:
                 f"{manifest.path} has {entry.name} of shape {saved.global_shape}, this model wants "
                 f"{entry.global_shape}; check the model.* keys"
             )
-        if saved.dtype != NAMES[entry.tensor.dtype]:
+        wanted = NAMES.get(entry.tensor.dtype, str(entry.tensor.dtype))
+        if saved.dtype != wanted:
             raise CheckpointError(
-                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants "
-                f"{NAMES[entry.tensor.dtype]}; set dtype as it was"
+                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants {wanted}; set dtype as it was"
             )
-        if tuple(entry.tensor.shape) != tuple(stop - start for start, stop in entry.box):
-            raise CheckpointError(f"{entry.name}: a tensor of {tuple(entry.tensor.shape)} is not box {entry.box}")
+        check_entry(entry)
 
 
 def _check_names(manifest: Manifest, gathered: Sequence[Sequence[str]]) -> None:

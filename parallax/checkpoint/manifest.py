@@ -5,16 +5,19 @@ manifest.json holds the format's name and version, the step, the caller's state,
     files    name -> {bytes, sha256}
     tensors  name -> {global_shape, dtype, boxes: [{file, offset, box}]}
 
+and first of all sha256, of the text without it, so that a flipped bit of an offset cannot load a neighbour's numbers.
 offset is the box's first byte in the file; a box is row-major and contiguous there. The files are safetensors, so that
 any tool can read them, but what parallax believes is the manifest alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,7 @@ MAX_MANIFEST_BYTES = 1 << 28
 MAX_DIMS = 16
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 """safetensors' names of the dtypes, and their sizes in bytes."""
+SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ')
 FILE_NAME = re.compile(r"rank-\d{5}\.safetensors")
 
 
@@ -72,8 +76,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is no directory; give a checkpoint such as OUTPUT/checkpoints/step-00000100"
         )
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        with os.fdopen(descriptor, "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             text = file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {NAME}: not a checkpoint, or a save that never finished") from None
@@ -86,6 +89,29 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file. Follows no link and waits for no pipe; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "not a regular file", str(path))
+    return descriptor
+
+
+def seal(body: bytes) -> bytes:
+    """A JSON object's text with the sha256 of that text as its first key."""
+    return b'{"sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'", ' + body[1:]
+
+
+def unseal(text: bytes) -> bytes:
+    """What `seal` was given. Raises ValueError where the text is not what was sealed."""
+    match = SEAL.match(text)
+    body = b"{" + text[match.end() :] if match else b""
+    if match is None or hashlib.sha256(body).hexdigest().encode() != match[1]:
+        raise ValueError("its sha256 is not that of its text")
+    return body
+
+
 def parse_manifest(text: bytes, path: Path) -> Manifest:
     """The manifest in these bytes; `path` is for the messages. Raises CheckpointError."""
 
@@ -93,12 +119,15 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         return CheckpointError(f"{path} is damaged or not a manifest of parallax: {what}")
 
     try:
-        data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        body = unseal(text)
+        data = json.loads(
+            body, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite_float
+        )
     except (ValueError, RecursionError) as error:
         raise bad(str(error)) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise bad(f"its format is not {FORMAT!r}")
-    if data.get("version") != VERSION:
+    if data.get("version") is not VERSION:  # not True, which equals 1
         raise CheckpointError(f"{path} has version {data.get('version')!r}; this parallax reads version {VERSION}")
     try:
         files = {name: (_count(f["bytes"]), str(f["sha256"])) for name, f in _mapping(data["files"]).items()}
@@ -120,6 +149,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _finite_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is out of range")
+    return value
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -158,10 +193,12 @@ def _tensor(name: str, data: Any, files: Mapping[str, tuple[int, str]]) -> Saved
 
 def _check_tiling(name: str, shape: tuple[int, ...], boxes: tuple[SavedBox, ...]) -> None:
     """The boxes cover the tensor exactly once: they do not overlap, and their elements add up."""
-    ordered = sorted((saved.box for saved in boxes), key=lambda box: box[:1])
+    # Along the dim that is cut most often, so that few boxes meet there.
+    along = max(range(len(shape)), key=lambda dim: len({saved.box[dim] for saved in boxes}), default=0)
+    ordered = sorted((saved.box for saved in boxes), key=lambda box: box[along : along + 1])
     for index, one in enumerate(ordered):
         for other in ordered[index + 1 :]:
-            if one and other[0][0] >= one[0][1]:
+            if one and other[along][0] >= one[along][1]:
                 break  # all later boxes begin behind this one
             if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
                 raise ValueError(f"{name}: the boxes {one} and {other} overlap")

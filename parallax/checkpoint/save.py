@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from parallax.checkpoint.files import NAMES, sync_directory, write_exclusive, write_shard
-from parallax.checkpoint.manifest import FORMAT, NAME, VERSION
+from parallax.checkpoint.manifest import FORMAT, NAME, VERSION, parse_manifest, seal
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
@@ -76,12 +76,20 @@ def save(
     """
     target = directory / f"step-{step:08d}"
     error, temporary = None, None
-    if exchange.rank == 0:
-        try:
+    try:
+        for entry in entries:
+            check_entry(entry)
+        if exchange.rank == 0:
+            _check_state(step, state)
             temporary = _begin(directory, target)
-        except (OSError, CheckpointError) as problem:
-            error = f"{target} cannot be saved: {problem}"
-    agree(error, exchange)
+    except (OSError, CheckpointError) as problem:
+        error = f"{target} cannot be saved: {problem}"
+    try:
+        agree(error, exchange)
+    except CheckpointError:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     temporary = Path(exchange.gather_json(str(temporary))[0])
     mine = [e for e in entries if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
     record: dict[str, Any] = {}
@@ -101,8 +109,33 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if exchange.rank == 0 and keep:
-        _prune(directory, keep)
+        _prune(directory, keep, target)
     return target
+
+
+def check_entry(entry: Entry) -> None:
+    """Raise CheckpointError unless the entry's box lies in its tensor, has its shape, and its dtype can be saved."""
+    shape = tuple(stop - start for start, stop in entry.box)
+    inside = len(entry.box) == len(entry.global_shape) and all(
+        0 <= start < stop <= size for (start, stop), size in zip(entry.box, entry.global_shape, strict=True)
+    )
+    if not inside or tuple(entry.tensor.shape) != shape:
+        raise CheckpointError(
+            f"{entry.name}: a tensor of {tuple(entry.tensor.shape)} is not box {entry.box} of {entry.global_shape}"
+        )
+    if entry.tensor.dtype not in NAMES:
+        raise CheckpointError(
+            f"{entry.name} is {entry.tensor.dtype}; what can be saved is {', '.join(map(str, NAMES))}"
+        )
+
+
+def _check_state(step: int, state: Mapping[str, Any]) -> None:
+    if step < 0:
+        raise CheckpointError(f"step {step} is below 0")
+    try:
+        json.dumps(dict(state), allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise CheckpointError(f"its state is not JSON: {problem}") from None
 
 
 def _pick(entry: Entry, count: int) -> int:
@@ -112,7 +145,10 @@ def _pick(entry: Entry, count: int) -> int:
 
 def _begin(directory: Path, target: Path) -> Path:
     """Make the temporary directory; clear what dead saves left."""
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
+    for path in new:  # or a crash could lose the directory with all that is in it
+        sync_directory(path.parent)
     if target.exists():
         raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
     for leftover in directory.glob(f"{TEMPORARY}*"):
@@ -154,18 +190,25 @@ def _finish(
             tensor = tensors.setdefault(
                 box["name"], {"global_shape": box["global_shape"], "dtype": box["dtype"], "boxes": []}
             )
+            if (box["global_shape"], box["dtype"]) != (tensor["global_shape"], tensor["dtype"]):
+                return f"{target} cannot be saved: ranks disagree on the shape or dtype of {box['name']}"
             tensor["boxes"].append({"file": record["file"], "offset": box["offset"], "box": box["box"]})
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "state": dict(state)}
     manifest |= {"files": files, "tensors": tensors}
     try:
-        write_exclusive(temporary / NAME, [json.dumps(manifest, allow_nan=False).encode()])
+        text = seal(json.dumps(manifest, allow_nan=False).encode())
+        parse_manifest(text, temporary / NAME)  # what could not be loaded is not saved
+        write_exclusive(temporary / NAME, [text])
         sync_directory(temporary)
         if target.exists():
             raise CheckpointError("another run saved it meanwhile")
         os.rename(temporary, target)
-        sync_directory(target.parent)
     except (OSError, ValueError) as problem:
         return f"{target} cannot be saved: {problem}"
+    try:
+        sync_directory(target.parent)
+    except OSError as problem:
+        return f"{target} is complete, but a crash may lose it: its directory cannot be synced: {problem}"
     return None
 
 
@@ -183,9 +226,14 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest; renamed first, so that a half-deleted one is never taken for a checkpoint."""
+def _prune(directory: Path, keep: int, saved: Path) -> None:
+    """Delete all but the highest steps and the one just saved, which a run that went back may have below them.
+
+    Renamed first, so that a half-deleted one is never taken for a checkpoint.
+    """
     for path in find(directory)[:-keep]:
+        if path == saved:
+            continue
         doomed = directory / f"{TEMPORARY}delete-{path.name}-{secrets.token_hex(4)}"
         try:
             os.rename(path, doomed)

@@ -219,6 +219,7 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "open", spy_open)
     monkeypatch.setattr(os, "fsync", spy_sync)
     monkeypatch.setattr(os, "rename", spy_rename)
+    (tmp_path / "c").mkdir()
     checkpoint.save(tmp_path / "c", 1, cut_rows(tensor((2, 2)), 1, 0), {}, alone())
     assert events[:2] == ["fsync rank-00000.safetensors", "fsync manifest.json"]
     assert events[2].startswith("fsync .tmp-step-00000001") and events[3:] == ["rename", "fsync c"]

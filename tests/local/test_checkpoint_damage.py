@@ -13,6 +13,7 @@ import torch
 
 from parallax import checkpoint
 from parallax.checkpoint import Entry
+from parallax.checkpoint.manifest import seal, unseal
 from parallax.errors import CheckpointError
 from tests.local.exchange import alone, together
 from tests.local.test_checkpoint import cut_rows, entries, tensor
@@ -26,9 +27,9 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads(unseal((path / "manifest.json").read_bytes()))
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_bytes(seal(json.dumps(manifest).encode()))
 
 
 def refused(path: Path, *parts: str) -> None:
@@ -71,7 +72,11 @@ def test_damaged_files(saved: Path):
 
 def test_damaged_manifests(saved: Path):
     manifest = saved / "manifest.json"
-    text = manifest.read_text()
+    whole = manifest.read_bytes()
+    for at in (0, 5, 40, 90, len(whole) // 2, len(whole) - 2):
+        manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        refused(saved, "manifest.json", "sha256")
+    text = unseal(whole).decode()
     for bad, word in [
         ("", "damaged"),
         (text[: len(text) // 2], "damaged"),
@@ -80,14 +85,19 @@ def test_damaged_manifests(saved: Path):
         (text.replace('"step": 1', '"step": NaN'), "NaN"),
         (text.replace('"step": 1', '"step": 1, "step": 2'), "twice"),
         (text.replace('"version": 1', '"version": 99'), "version 99"),
+        (text.replace('"version": 1', '"version": true'), "version True"),
+        (text.replace('"n": 1', '"n": 1e999'), "out of range"),
         ("[" * 100_000, "damaged"),
     ]:
-        manifest.write_text(bad)
-        refused(saved, "manifest.json", word)
+        manifest.write_bytes(seal(bad.encode()) if bad.startswith("{") else bad.encode())
+        refused(saved, "manifest.json", word if bad.startswith("{") else "damaged")
     manifest.write_bytes(b"\xff\xfe")
     refused(saved, "manifest.json")
     manifest.unlink()
     refused(saved, str(saved), "no manifest.json")
+    os.mkfifo(manifest)
+    refused(saved, "manifest.json", "not a regular file")
+    manifest.unlink()
     manifest.symlink_to("/etc/passwd")
     refused(saved, "manifest.json", "cannot be read")
     refused(saved / "nowhere", "nowhere", "no directory")
