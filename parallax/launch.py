@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ __all__ = ["entrypoint"]
 
 
 def entrypoint(main: Callable[[], None]) -> None:
-    """Run a program's main under torchrun or alone. Does not return on failure.
+    """Run a program's main under torchrun or alone, then exit: 0, or as below.
 
     A ParallaxError is raised alike on every rank: rank 0 prints it in one line, all exit with 2. Any
     other exception is one rank's: it prints the traceback with its rank and exits with 1, and torchrun, which gets
@@ -30,6 +31,8 @@ def entrypoint(main: Callable[[], None]) -> None:
     except Exception:  # noqa: BLE001 - already printed
         _leave(1)
     comm.close()
+    atexit._run_exitfuncs()
+    _leave(0)
 
 
 def _labelled(main: Callable[[], None]) -> Callable[[], None]:
@@ -47,7 +50,8 @@ def _labelled(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _leave(code: int) -> None:
-    """Exit without the interpreter's tidy end, which would wait for peers in the process groups' destructors."""
+    """Exit without the interpreter's tidy end: after a failure the process groups' destructors would wait for peers,
+    and even after success a gloo thread that is still there has been seen to abort a run that had done all its work."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
