@@ -23,8 +23,9 @@ from parallax.params import ParamSpec, collect, materialize
 from parallax.pipeline.executor import Executor
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Schedule
-from parallax.pipeline.schedules import SCHEDULES, forward_only
+from parallax.pipeline.schedules import forward_only
 from parallax.pipeline.split import Unit, balanced_split, check_partition, split_from_layers, stage_table
+from parallax.pipeline.table import get_schedule
 from parallax.pipeline.transport import P2P
 from parallax.pipeline.validate import Wire, validate
 from parallax.step import TrainState
@@ -96,9 +97,9 @@ def plan_stages(config: Config, schedule: Schedule) -> tuple[tuple[Unit, ...], t
 
 def plan_run(config: Config) -> tuple[Schedule, tuple[Unit, ...], tuple[tuple[int, int], ...]]:
     """The schedule, lowered and proven, with the units of the model and the span of each stage: no process needed."""
-    shape = config.mesh_shape
-    table = SCHEDULES[config.pipeline.schedule](shape.pipeline, resolve_batch(config).num_microbatches)
-    schedule = _prove(table)
+    num_microbatches = resolve_batch(config).num_microbatches
+    wish, ranks = config.pipeline, config.mesh_shape.pipeline
+    schedule = _prove(get_schedule(wish.schedule, ranks, num_microbatches, wish.stages_per_rank))
     return schedule, *plan_stages(config, schedule)
 
 

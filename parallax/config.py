@@ -9,7 +9,6 @@ import math
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from parallax.config_fields import (
@@ -30,7 +29,7 @@ from parallax.config_fields import (
     sections,
     value_fits,
 )
-from parallax.errors import ConfigError
+from parallax.errors import ConfigError, ScheduleError
 
 __all__ = [
     "BatchConfig",
@@ -260,23 +259,25 @@ def _sequence_by_tensor(config: Config) -> str | None:
 
 
 def _layers_by_pipeline(config: Config) -> str | None:
-    layers, stages = config.model.layers, config.mesh_shape.pipeline
+    layers, stages = config.model.layers, _num_stages(config)
     if layers + 2 >= stages:
         return None
+    each = stages // config.mesh_shape.pipeline
+    of = f"pipeline={stages}" if each == 1 else f"the {stages} stages of pipeline.schedule={config.pipeline.schedule}"
     return (
-        f"model.layers={layers} is too few for pipeline={stages} (mesh={config.mesh}): with the embedding and the head "
+        f"model.layers={layers} is too few for {of} (mesh={config.mesh}): with the embedding and the head "
         f"that is {layers + 2} units, and a stage needs at least one; "
-        f"set model.layers to at least {stages - 2}, or pipeline to at most {layers + 2}"
+        f"set model.layers to at least {stages - 2}, or pipeline to at most {(layers + 2) // each}"
     )
 
 
 def _split(config: Config) -> str | None:
-    split, layers, stages = config.pipeline.split, config.model.layers, config.mesh_shape.pipeline
+    split, layers, stages = config.pipeline.split, config.model.layers, _num_stages(config)
     if split is None:
         return None
     shown = f"pipeline.split={','.join(map(str, split))}"
     if len(split) != stages:
-        return f"{shown} has {len(split)} entries for pipeline={stages} (mesh={config.mesh}); give one per stage"
+        return f"{shown} has {len(split)} entries for {stages} stages (mesh={config.mesh}); give one per stage"
     if sum(split) != layers:
         return f"{shown} sums to {sum(split)}, model.layers={layers}; make the entries sum to {layers}"
     # The first stage always holds the embedding and the last one the head: those two may have no layer.
@@ -293,13 +294,31 @@ def schedule_names() -> tuple[str, ...]:
     return tuple(SCHEDULES)
 
 
+def _num_stages(config: Config) -> int:
+    """Pipeline stages of the whole mesh; that of a schedule which is itself a problem is the pipeline size."""
+    from parallax.pipeline.table import get_schedule
+
+    pipeline, ranks = config.pipeline, config.mesh_shape.pipeline
+    try:
+        # A table's stages do not depend on its microbatches; a file has its own number.
+        num = 1 if pipeline.schedule in schedule_names() else resolve_batch(config).num_microbatches
+        return get_schedule(pipeline.schedule, ranks, num, pipeline.stages_per_rank).num_stages
+    except ValueError:
+        return ranks
+
+
 def _schedule(config: Config) -> str | None:
-    name, known = config.pipeline.schedule, schedule_names()
-    if name in known:
+    from parallax.pipeline.table import get_schedule
+
+    pipeline = config.pipeline
+    if _batch(config):
         return None
-    close = get_close_matches(name.lower().replace("_", "-"), known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"pipeline.schedule={name} is unknown; {hint}choose one of {', '.join(known)}"
+    num_microbatches = resolve_batch(config).num_microbatches
+    try:
+        get_schedule(pipeline.schedule, config.mesh_shape.pipeline, num_microbatches, pipeline.stages_per_rank)
+    except ScheduleError as error:
+        return str(error)
+    return None
 
 
 def _resume(config: Config) -> str | None:
@@ -338,9 +357,13 @@ _RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
         "tensor.sequence_parallel",
         _sequence_by_tensor,
     ),
-    ("mesh model.layers", _layers_by_pipeline),
-    ("mesh model.layers pipeline.split", _split),
-    ("pipeline.schedule", _schedule),
+    ("mesh model.layers pipeline.schedule pipeline.stages_per_rank", _layers_by_pipeline),
+    ("mesh model.layers pipeline.split pipeline.schedule pipeline.stages_per_rank", _split),
+    (
+        "mesh pipeline.schedule pipeline.stages_per_rank "
+        "batch.global_size batch.microbatch_size batch.num_microbatches",
+        _schedule,
+    ),
     ("resume output", _resume),
     ("optimizer.lr optimizer.min_lr", _min_lr),
     ("optimizer.decay_steps optimizer.warmup_steps", _decay_steps),

@@ -91,7 +91,9 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     temporary = Path(exchange.gather_json(str(temporary))[0])
-    mine = [e for e in entries if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
+    # A rank that has two stages may hold a tied parameter twice.
+    once = {(e.name, e.box): e for e in entries}.values()
+    mine = [e for e in once if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
     record: dict[str, Any] = {}
     try:
         record = _write(temporary, exchange.rank, mine) if mine else {}

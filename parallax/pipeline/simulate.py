@@ -54,19 +54,31 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A played schedule. in_flight: by rank, the most forwards that waited for their backward (B, or I) at once.
-    held: by rank, the most microbatches between I and W at once."""
+    """A played schedule.
+
+    in_flight: by rank, the most (stage, microbatch) pairs at once whose activations it holds: F done, B or W not.
+    held: of those, the most at once that are between I and W. first, last: by rank, when it starts and when it ends.
+    """
 
     spans: tuple[Span, ...]
     makespan: float
     busy: tuple[float, ...]
     in_flight: tuple[int, ...] = field(default=())
     held: tuple[int, ...] = field(default=())
+    first: tuple[float, ...] = field(default=())
+    last: tuple[float, ...] = field(default=())
 
     @property
     def bubble(self) -> float:
         """Idle share of all ranks' time: 1 - busy / (ranks * makespan)."""
         return 1 - sum(self.busy) / (len(self.busy) * self.makespan) if self.makespan else 0.0
+
+    @property
+    def inner_bubble(self) -> float:
+        """The largest idle share of a rank between its own first and last action: what is left where steps are chained
+        without a barrier, as the zero-bubble papers count."""
+        spans = zip(self.first, self.last, self.busy, strict=True)
+        return max((1 - busy / (last - first) for first, last, busy in spans if last > first), default=0.0)
 
 
 def simulate(schedule: Schedule, cost: Cost) -> Timeline:
@@ -99,9 +111,17 @@ def simulate(schedule: Schedule, cost: Cost) -> Timeline:
         where = "; ".join(f"rank {r} at {schedule.programs[r][at[r]]}" for r in stuck)
         raise ScheduleError(f"{schedule.name} never ends: {where}")
     spans.sort(key=lambda s: (s.start, s.rank))
-    busy = tuple(sum(s.end - s.start for s in spans if s.rank == rank) for rank in range(schedule.num_ranks))
-    in_flight, held = _peaks(schedule)
-    return Timeline(tuple(spans), max(clock, default=0.0), busy, in_flight, held)
+    mine: list[list[Span]] = [[] for _ in schedule.programs]
+    for span in spans:
+        mine[span.rank].append(span)
+    return Timeline(
+        tuple(spans),
+        max(clock, default=0.0),
+        tuple(sum(s.end - s.start for s in row) for row in mine),
+        *_peaks(schedule),
+        tuple(row[0].start if row else 0.0 for row in mine),
+        tuple(max((s.end for s in row), default=0.0) for row in mine),
+    )
 
 
 def _ready_at(action: Action, schedule: Schedule, ended: dict[Action, float], cost: Cost) -> float | None:
@@ -124,7 +144,7 @@ def _peaks(schedule: Schedule) -> tuple[tuple[int, ...], tuple[int, ...]]:
         now: Counter[str] = Counter()
         most: Counter[str] = Counter()
         for action in program if schedule.trains else ():
-            now["flight"] += (action.op == Op.F) - (action.op in (Op.B, Op.I))
+            now["flight"] += (action.op == Op.F) - (action.op in (Op.B, Op.W))
             now["held"] += (action.op == Op.I) - (action.op == Op.W)
             most |= now
         in_flight.append(most["flight"])
