@@ -36,9 +36,17 @@ def parity(argv: Sequence[str]) -> int:
     return run_parity(argv)
 
 
+def schedule(argv: Sequence[str]) -> int:
+    """List pipeline schedules, show one as text, SVG or trace, export one as a table."""
+    from parallax.schedule_command import run_schedule
+
+    return run_schedule(argv)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
+    "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
 }
 
 
@@ -46,7 +54,7 @@ def usage() -> str:
     lines = ["usage: parallax COMMAND [key=value ...]", ""]
     for name, (function, arguments) in COMMANDS.items():
         lines += [f"  {name} {arguments}", f"      {(function.__doc__ or '').splitlines()[0]}"]
-    lines += ["", "  parallax COMMAND --help lists the keys; training itself is recipes/gpt.py"]
+    lines += ["", "  parallax COMMAND --help says more; training itself is recipes/gpt.py"]
     return "\n".join(lines)
 
 
@@ -63,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     function, arguments_text = COMMANDS[name]
+    if name == "schedule" and ("--help" in rest or "-h" in rest):
+        from parallax.schedule_command import USAGE
+
+        print(f"usage: {USAGE}")
+        return 0
     if "--help" in rest or "-h" in rest:
         from parallax.config_io import help_text
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ __all__ = ["Corpus", "TokenStream", "open_corpus"]
 BYTE_VOCAB = 256
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 CHECKED_TOKENS = 1_000_000
-VALIDATION_NAMES = ("val.bin", "validation.bin", "val.uint32.bin", "validation.uint32.bin")
+VALIDATION_NAME = re.compile(r"(^|[._-])(val|valid|validation)([._-]|$)")
+"""A token file to validate on: val.bin, fineweb_val_000000.bin."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,16 +88,23 @@ def open_corpus(source: str, *, validation_fraction: float, seed: int, vocab: in
     """Open `stdlib`, a file, a directory, a glob of UTF-8 text, or nanoGPT-style .bin token files.
 
     stdlib: the running Python's own sources, about 10 MB of real code. .bin files hold uint16 ids, or uint32 if the
-    name ends in .uint32.bin; train.bin beside val.bin is taken as named, a lone file gives its tail for validation.
-    Raises ConfigError that names the file: missing, empty, unreadable, not UTF-8, ids beyond the vocabulary.
+    name ends in .uint32.bin; files with `val` or `validation` in their name are held out, and where there is none the
+    tail is. Raises ConfigError that names the file: missing, empty, unreadable, not UTF-8, ids beyond the vocabulary.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = sorted(p for p in root.rglob("*.py") if SKIPPED.isdisjoint(p.relative_to(root).parts))
         return _text(source, root, paths, validation_fraction, seed, vocab, forgiving=True)
     root, paths = _find(source)
-    if any(path.suffix == ".bin" for path in paths):
-        return _tokens(source, [p for p in paths if p.suffix == ".bin"], validation_fraction, vocab)
+    tokens = [path for path in paths if path.suffix == ".bin"]
+    if tokens and len(tokens) < len(paths):
+        text = next(path for path in paths if path.suffix != ".bin")
+        raise ConfigError(
+            f"corpus.source={source} has token files ({tokens[0]}) and others ({text}); name one kind, as in "
+            f"{source.rstrip('/')}/*.bin"
+        )
+    if tokens:
+        return _tokens(source, tokens, validation_fraction, vocab)
     return _text(source, root, paths, validation_fraction, seed, vocab, forgiving=False)
 
 
@@ -169,7 +178,7 @@ def _held_out(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
     """Whole files in an order keyed by (seed, name), until they make up the fraction; one at least, never all."""
 
     def order(name: str) -> bytes:
-        return hashlib.blake2b(f"{seed}\x1f{name}".encode(), digest_size=8).digest()
+        return hashlib.blake2b(f"{seed}\x1f{name}".encode(errors="surrogateescape"), digest_size=8).digest()
 
     chosen: set[str] = set()
     wanted, held = fraction * sum(sizes.values()), 0
@@ -184,7 +193,7 @@ def _held_out(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
 
 
 def _tokens(source: str, paths: Sequence[Path], fraction: float, vocab: int) -> Corpus:
-    held = [path for path in paths if path.name in VALIDATION_NAMES]
+    held = [path for path in paths if VALIDATION_NAME.search(path.name)]
     mapped = {path: _map(path, vocab) for path in paths}
     if held and len(held) < len(paths):
         train = tuple(mapped[path] for path in paths if path not in held)

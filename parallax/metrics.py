@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import resource
 import sys
 import time
@@ -36,7 +38,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype not in TF32_SHARE:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * TF32_SHARE[dtype] for key, peak in PEAK_FLOPS.items() if key in name), None)
+    known = next((key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)), None)
+    if known is None or known == "V100" and dtype == torch.float32:  # it has no TF32
+        return None
+    return PEAK_FLOPS[known] * TF32_SHARE[dtype]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -49,10 +54,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def format_bytes(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
 def format_duration(seconds: float) -> str:
@@ -108,7 +113,7 @@ class Metrics:
         extra: more columns, as val_loss.
         """
         now = self._clock() if self._lap is None else self._lap
-        step_s, self._last, self._lap = now - self._last, self._clock(), None
+        step_s, self._last, self._lap = max(now - self._last, 1e-9), self._clock(), None
         if not self.speaks:
             return
         # The first step pays for start-up; ETA comes from the median of the recent ones.
@@ -126,7 +131,9 @@ class Metrics:
             **extra,
         }
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            # JSON has no NaN: a validation without a target is null.
+            finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
         if result.step % self.log_every == 0 or result.step in (1, self.num_steps):
             self.say(self._line(row, extra))

@@ -51,7 +51,8 @@ def fill_normal(
     """Fill `out` with this box of a global tensor of normal numbers that depend on (key, element) alone.
 
     The global tensor is cut into tiles of 256 along its first and last dims; each tile has a generator of its own and
-    is drawn whole, in float32, so every rank that needs any of it draws the same bits. Peak memory: one tile.
+    is drawn whole, in float32, so every rank that needs any of it draws the same bits (on CPUs of one vector width:
+    torch's generator rounds otherwise where there is no AVX2). Peak memory: one tile.
     out: a tensor of the box's shape, any float dtype, any device. Tiles that miss the box are not drawn.
     """
     first = _tiles(global_shape[0], box[0])

@@ -49,6 +49,7 @@ RANK = {
     "launch": 4,
     "parity": 14,
     "plan": 8,
+    "schedule_command": 14,
     "cli": 15,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]

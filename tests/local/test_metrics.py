@@ -105,5 +105,34 @@ def test_log_every_thins_the_lines_but_not_the_file(tmp_path: Path):
 
 def test_units():
     assert [format_bytes(n) for n in (12, 3_400, 387_000_000, 2.5e12)] == ["12 B", "3.4 KB", "387 MB", "2.5 TB"]
+    assert [format_bytes(n) for n in (999_600, 999, 5e15)] == ["1 MB", "999 B", "5,000 TB"]
     assert [format_duration(s) for s in (0.4, 59, 61, 3600, 7325)] == ["0s", "59s", "1m01s", "1h00m", "2h02m"]
     assert peak_flops(torch.device("cpu"), torch.float32) is None
+
+
+def test_validation_is_not_charged_to_the_next_step(tmp_path: Path):
+    clock = Clock()
+    metrics = make(tmp_path, clock, io.StringIO())
+    clock.now += 1.0
+    metrics.lap()
+    clock.now += 30.0
+    metrics.record(result(1))
+    clock.now += 2.0
+    metrics.record(result(2))
+    times = [json.loads(line)["step_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert times == [1.0, 2.0]
+
+
+def test_a_slow_first_step_is_not_in_the_eta():
+    clock, stream = Clock(), io.StringIO()
+    metrics = make(None, clock, stream)
+    for step, seconds in ((1, 100.0), (2, 1.0)):
+        clock.now += seconds
+        metrics.record(result(step))
+    assert stream.getvalue().splitlines()[1].endswith("ETA 8s")
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path):
+    metrics = make(tmp_path, Clock(), io.StringIO())
+    metrics.record(result(1), val_loss=float("nan"))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=None)["val_loss"] is None

@@ -94,3 +94,29 @@ def test_elements_are_dropped_at_the_rate_and_independently():
 
 def test_nothing_is_dropped_at_rate_zero():
     assert keep_mask(torch.arange(10), 10, 3, 0.0).all()
+
+
+@given(st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 270)), st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_box_of_four_dims_is_that_box_of_the_whole(shape: tuple[int, ...], data: st.DataObject):
+    box = []
+    for size in shape:
+        start = data.draw(st.integers(0, size - 1))
+        box.append((start, data.draw(st.integers(start + 1, size))))
+    part = torch.empty([b - a for a, b in box])
+    fill_normal(part, tuple(box), shape, 7, 0.0, 1.0)
+    assert torch.equal(part, drawn(shape)[tuple(slice(a, b) for a, b in box)])
+
+
+def test_a_vector_has_its_mean_and_deviation():
+    x = drawn((100_000,), mean=-2.0, std=0.1).double()
+    n = x.numel()
+    assert abs(x.mean() + 2) < 4 * 0.1 / n**0.5
+    assert abs(((x + 2) / 0.1).square().mean() - 1) < 4 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize("bit", [0, 1, 31, 32, 33, 62])
+def test_every_bit_of_the_key_changes_the_mask(bit: int):
+    rows, key = torch.arange(500), derive_key("k")
+    one, other = (keep_mask(rows, 400, k, 0.5).double() - 0.5 for k in (key, key ^ (1 << bit)))
+    assert abs((4 * one * other).mean()) < 4.5 / one.numel() ** 0.5

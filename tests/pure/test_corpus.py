@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parallax import corpus as corpus_file
 from parallax.corpus import Corpus, TokenStream, open_corpus
 from parallax.errors import ConfigError
 
@@ -120,3 +121,59 @@ def test_too_short_is_an_error_with_the_numbers(texts: Path):
     assert corpus.require(200) is corpus
     with pytest.raises(ConfigError, match=r"validation part has 282 tokens, .*sequence_length=282 needs at least 283"):
         corpus.require(282)
+
+
+def test_what_is_named_for_validation_is_not_trained_on(tmp_path: Path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.arange(100, 110, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    corpus = opened(tmp_path, vocab=110)
+    assert (len(corpus.train), len(corpus.validation), corpus.num_files) == (100, 10, (1, 1))
+
+
+def test_both_ends_of_a_token_file_are_looked_at_when_it_is_opened(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(corpus_file, "CHECKED_TOKENS", 10)
+    for place in (0, 99):
+        tokens = np.zeros(100, np.uint16)
+        tokens[place] = 300
+        tokens.tofile(tmp_path / f"{place}.bin")
+        with pytest.raises(ConfigError, match=f"{place}.bin holds token 300"):
+            opened(tmp_path / f"{place}.bin")
+
+
+def test_a_file_that_the_system_refuses_is_named(texts: Path, monkeypatch):
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match=r"0\.txt cannot be read: Permission denied"):
+        opened(texts / "0.txt")
+
+
+def test_hidden_files_and_folders_are_left_out(texts: Path):
+    (texts / ".git").mkdir()
+    write(texts / ".git" / "object", b"\xff\xfe")
+    write(texts / ".hidden.txt", b"secret")
+    assert sum(opened(texts).num_files) == 8
+
+
+@pytest.mark.parametrize("names", [("train.u32.bin", "val.u32.bin"), ("a_train_000001.bin", "a_val_000000.bin")])
+def test_validation_files_are_never_trained_on(tmp_path: Path, names: tuple[str, str]):
+    dtype = np.uint32 if "u32" in names[0] else np.uint16
+    for number, name in enumerate(names):
+        np.full(100, number, dtype=dtype).tofile(tmp_path / name)
+    corpus = opened(tmp_path)
+    assert set(corpus.train.read(0, 1000)) == {0} and set(corpus.validation.read(0, 1000)) == {1}
+    assert len(corpus.train) == len(corpus.validation) == 100
+
+
+def test_tokens_beside_text_are_an_error(tmp_path: Path):
+    np.arange(10, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"has token files \(.*a.bin\) and others \(.*b.txt\); name one kind"):
+        opened(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_no_obstacle(tmp_path: Path):
+    for name in (b"\xff.txt", b"b.txt"):
+        Path(str(tmp_path).encode().decode() + "/" + name.decode("utf-8", "surrogateescape")).write_text("text " * 9)
+    assert sum(opened(tmp_path).num_files) == 2

@@ -1,0 +1,107 @@
+"""Every schedule on real processes, with everything else that a run may have; and under random delays."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallax.pipeline.schedules import SCHEDULES
+from parallax.resume import Checkpoints
+from tests.cases import (
+    GPT2,
+    LLAMA,
+    SEQUENCE_PARALLEL,
+    TIED,
+    advance,
+    assemble_whole,
+    gather_parameters,
+    start,
+    train,
+    worst,
+)
+
+COMPOSED = {
+    "gpt2": GPT2 | TIED | SEQUENCE_PARALLEL | {"model.dropout": 0.1, "batch.num_microbatches": 6},
+    "llama": LLAMA | {"batch.num_microbatches": 4},
+}
+reference: dict[str, Any] = {}
+
+
+def train_each(mesh: str, names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: train(mesh, changes | {"pipeline.schedule": name}) for name in names}
+
+
+@pytest.mark.parametrize("variant", COMPOSED)
+def test_every_schedule_composes_with_every_axis(ranks, variant: str):
+    """Float64, four steps and a validation, on data x tensor x pipeline ranks: loss and norm of one rank."""
+    alone = train("1x1x1", COMPOSED[variant])
+    for rows in ranks(8, train_each, "2x2x2", list(SCHEDULES), COMPOSED[variant]):
+        differences = {name: worst(rows[name], alone) for name in SCHEDULES}
+        assert max(differences.values()) <= 1e-10, differences
+
+
+def final(mesh: str, changes: dict[str, Any]) -> Any:
+    run, state = start(mesh, **changes)
+    advance(run, state, 3)
+    return gather_parameters(run, state)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_no_pipeline_bit_for_bit(ranks, name: str):
+    changes = GPT2 | TIED | {"dtype": "float32", "batch.num_microbatches": 6, "model.dropout": 0.1}
+    alone = assemble_whole([final("1x1x1", changes)])
+    whole = assemble_whole(ranks(3, final, "1x1x3", changes | {"pipeline.schedule": name}))
+    assert whole.keys() == alone.keys()
+    for key, values in alone.items():
+        assert values.equal(whole[key]), key
+
+
+def go(mesh: str, changes: dict[str, Any], output: str, wish: str) -> Any:
+    run, state = start(mesh, **changes | {"output": output, "resume": wish})
+    checkpoints = Checkpoints(run, Path(output))
+    checkpoints.resume(state)
+    rows = advance(run, state, 2)
+    checkpoints.save(state)
+    return rows
+
+
+def test_a_run_goes_on_under_another_schedule(ranks, tmp_path: Path):
+    """Stages lie elsewhere, names do not: tied weights twice on one rank included."""
+    changes = GPT2 | TIED | {"batch.num_microbatches": 4}
+    rows: list[Any] = []
+    plan = [("1x1x2", "zb-v"), ("1x1x3", "interleaved"), ("1x2x2", "dualpipe-v"), ("1x1x1", "1f1b")]
+    for number, (mesh, schedule) in enumerate(plan):
+        size = math.prod(map(int, mesh.split("x")))
+        wish = "auto" if number else "none"
+        found = ranks(size, go, mesh, changes | {"pipeline.schedule": schedule}, str(tmp_path), wish)
+        assert all(other == found[0] for other in found)
+        rows += found[0]
+    run, state = start("1x1x1", **changes)
+    assert worst(rows, advance(run, state, 8)) <= 1e-10
+
+
+def jittered(schedule: str, seed: int, changes: dict[str, Any]) -> Any:
+    """Random pauses before every action: of compute, and of messages."""
+    run, state = start("2x1x4", **changes | {"pipeline.schedule": schedule})
+    dice = random.Random(seed * 1000 + run.mesh.rank)
+    for op, honest in run.pipeline._do.items():
+
+        def late(action: Any, honest: Any = honest) -> None:
+            if dice.random() < 0.4:
+                time.sleep(dice.random() * 0.004)
+            honest(action)
+
+        run.pipeline._do[op] = late
+    return advance(run, state, 2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_random_delays_change_nothing_and_hang_nobody(ranks, schedule: str):
+    changes = LLAMA | {"dtype": "float32", "batch.num_microbatches": 6, "model.layers": 6}
+    every = [ranks(8, jittered, schedule, seed, changes, timeout_s=60) for seed in range(2)]
+    assert all(rows == every[0][0] for found in every for rows in found)
