@@ -173,6 +173,7 @@ class Config:
     output: str = key("auto", "directory of this run; auto = the next free runs/NNN")
     resume: str = key("none", "none, auto (the latest checkpoint in output), or a checkpoint directory")
     log_every: int = key(1, "steps between log lines", least=1)
+    trace: int | None = key(None, "step whose pipeline is recorded and drawn in OUTPUT/trace", least=1)
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

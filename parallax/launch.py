@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 from parallax import comm
-from parallax.errors import ParallaxError, report
+from parallax.errors import GRACE_S, ParallaxError, report
 
 __all__ = ["entrypoint"]
+
+PEER_IS_GONE = re.compile("Connection (reset|closed) by peer|Connection refused|Broken pipe|remote process exited")
 
 
 def entrypoint(main: Callable[[], None]) -> None:
@@ -41,9 +45,14 @@ def _labelled(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except ParallaxError:
             raise
-        except Exception:
-            rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-            print(f"[rank {rank} of {size}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        except Exception as error:
+            me = f"[rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}]"
+            if PEER_IS_GONE.search(str(error)):
+                # Not the cause: let the launcher see the rank that is, and end this one, before it reports a second.
+                print(f"{me} stops: another rank is gone", file=sys.stderr, flush=True)
+                time.sleep(GRACE_S)
+            else:
+                print(f"{me} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
 
     return run

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from parallax.errors import ConfigError
+from parallax.pipeline.draw import legend_line, summary, text_grid, to_svg, to_trace
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Schedule
 from parallax.pipeline.schedules import SCHEDULES
 from parallax.pipeline.simulate import Cost, simulate
 from parallax.pipeline.table import get_schedule, to_text
 from parallax.pipeline.validate import Wire, validate
-from parallax.plan.draw import legend_line, summary, text_grid, to_svg, to_trace
 
 __all__ = ["run_schedule"]
 

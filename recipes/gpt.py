@@ -18,6 +18,7 @@ from parallax.mesh import init_mesh
 from parallax.metrics import Metrics
 from parallax.resume import Checkpoints, prepare_output
 from parallax.step import evaluate, train_step
+from parallax.trace import traced
 
 
 def main() -> None:
@@ -57,8 +58,10 @@ def main() -> None:
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **part)
     metrics.resume()
     for batch in itertools.islice(batches, config.steps - state.step):
-        result = train_step(run, state, batch)
+        with traced(run, output, step=state.step + 1) as told:
+            result = train_step(run, state, batch)
         metrics.lap()
+        metrics.say_all(told)
         last = state.step == config.steps
         extra = {}
         if config.validation.every and (state.step % config.validation.every == 0 or last):

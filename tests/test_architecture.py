@@ -32,6 +32,7 @@ RANK = {
     "pipeline.simulate": 4,
     "pipeline.split": 4,
     "pipeline.table": 6,
+    "pipeline.draw": 6,
     "config": 7,
     "config_io": 8,
     "corpus": 3,
@@ -46,15 +47,15 @@ RANK = {
     "assemble": 12,
     "metrics": 12,
     "resume": 13,
+    "trace": 13,
     "launch": 4,
     "parity": 14,
-    "plan": 8,
     "schedule_command": 14,
     "cli": 15,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]
-NO_TORCH += ["parallax.pipeline.v_schedules", "parallax.pipeline.table", "parallax.plan.draw"]
+NO_TORCH += ["parallax.pipeline.v_schedules", "parallax.pipeline.table", "parallax.pipeline.draw"]
 NO_TORCH += ["parallax.mesh", "parallax.config", "parallax.config_io", "parallax.corpus"]
 COLLECTIVES = re.compile(
     r"\bdist\.(all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*|broadcast\w*|i?send|i?recv|"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from parallax.errors import ScheduleError
 from parallax.gradients import Accumulate, GradSink
-from parallax.pipeline.schedule import Action, Op, Schedule
+from parallax.pipeline.schedule import COMPUTE, Action, Op, Schedule
 from parallax.pipeline.transport import Message, Receipt, Transport, empty_like_boundary
 
 __all__ = ["Executor", "StageModule", "run_together"]
 
 GRADIENT_OPS = (Op.B, Op.I, Op.W)
+Recorder = Callable[[Action, float, float], None]
+"""Takes a compute action with its start and end on this process's time.perf_counter."""
 
 
 class StageModule(Protocol):
@@ -90,6 +93,8 @@ class Executor:
         self.transport, self.sync, self.device = transport, sync, torch.device(device)
         self.program = schedule.programs[rank]
         self.last_stage = schedule.num_stages - 1
+        self.recorder: Recorder | None = None  # told of every compute action, where a step is traced
+        self._waited_s = 0.0
         self.trains = any(action.op in GRADIENT_OPS for action in self.program)
         if set(stages) != set(schedule.stages_of(rank)):
             raise ScheduleError(
@@ -129,7 +134,10 @@ class Executor:
                 if self._left[action.stage] == 0:
                     self.sync.arm(action.stage)
             with torch.set_grad_enabled(self.trains):
-                self._do[action.op](action)
+                if self.recorder is None or action.op not in COMPUTE:
+                    self._do[action.op](action)
+                else:
+                    self._record(action, self.recorder)
             yield None
         self.transport.flush()
         if self.trains:
@@ -148,6 +156,19 @@ class Executor:
         self._ready: dict[Message, Tensor] = {}  # made on this rank: to be sent, or used by the neighbour stage here
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         self._kept: dict[tuple[int, int], list[tuple[Any, Accumulate]]] = {}
+
+    def _record(self, action: Action, recorder: Recorder) -> None:
+        """Do an action and tell when it computed; what it waited for its message comes before."""
+        self._waited_s = 0.0
+        self._synchronize()
+        begun = time.perf_counter()
+        self._do[action.op](action)
+        self._synchronize()
+        recorder(action, begun + self._waited_s, time.perf_counter())
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -175,7 +196,12 @@ class Executor:
     def _take(self, message: Message) -> Tensor:
         if message in self._ready:
             return self._ready.pop(message)
-        return self._receipts.pop(message).wait()
+        begun = time.perf_counter()
+        tensor = self._receipts.pop(message).wait()
+        if self.recorder is not None:
+            self._synchronize()
+            self._waited_s += time.perf_counter() - begun
+        return tensor
 
     def _send(self, kind: str, action: Action) -> None:
         stage = action.stage + (1 if kind == "F" else -1)

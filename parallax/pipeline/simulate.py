@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from parallax.errors import ScheduleError
 from parallax.pipeline.schedule import COMPUTE, RECVS, SENDS, Action, Op, Schedule, inputs
 
-__all__ = ["Cost", "Span", "Timeline", "simulate"]
+__all__ = ["Cost", "Span", "Timeline", "played", "simulate"]
 
 Times = float | Sequence[float]
 
@@ -110,17 +110,23 @@ def simulate(schedule: Schedule, cost: Cost) -> Timeline:
     if stuck:
         where = "; ".join(f"rank {r} at {schedule.programs[r][at[r]]}" for r in stuck)
         raise ScheduleError(f"{schedule.name} never ends: {where}")
-    spans.sort(key=lambda s: (s.start, s.rank))
+    return played(schedule, spans)
+
+
+def played(schedule: Schedule, spans: Sequence[Span]) -> Timeline:
+    """The timeline of a schedule's compute actions, simulated or measured, from time 0."""
+    ordered = sorted(spans, key=lambda s: (s.start, s.rank))
     mine: list[list[Span]] = [[] for _ in schedule.programs]
-    for span in spans:
+    for span in ordered:
         mine[span.rank].append(span)
+    last = tuple(max((s.end for s in row), default=0.0) for row in mine)
     return Timeline(
-        tuple(spans),
-        max(clock, default=0.0),
+        tuple(ordered),
+        max(last, default=0.0),
         tuple(sum(s.end - s.start for s in row) for row in mine),
         *_peaks(schedule),
         tuple(row[0].start if row else 0.0 for row in mine),
-        tuple(max((s.end for s in row), default=0.0) for row in mine),
+        last,
     )
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from tests.cases import (
     VARIANTS,
-    advance,
     assemble_whole,
     fit_kv_heads,
     gather_parameters,
@@ -69,23 +68,6 @@ def test_initial_weights_do_not_know_the_mesh(ranks, mesh: str, variant: str):
     assert whole.keys() == alone.keys()
     for name, values in alone.items():
         assert values.equal(whole[name]), name
-
-
-def final(mesh: str, changes: dict[str, Any]) -> Any:
-    run, state = start(mesh, **changes)
-    advance(run, state, 3)
-    return gather_parameters(run, state)
-
-
-@pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "gpt2-dropout"])
-def test_schedules_and_no_pipeline_are_equal_bit_for_bit(ranks, variant: str):
-    changes = VARIANTS[variant] | {"dtype": "float32", "batch.num_microbatches": 6}
-    alone = assemble_whole([final("1x1x1", changes)])
-    for schedule in ("1f1b", "gpipe"):
-        for size in (2, 3):
-            parts = ranks(size, final, f"1x1x{size}", changes | {"pipeline.schedule": schedule})
-            whole = assemble_whole(parts)
-            assert all(values.equal(whole[name]) for name, values in alone.items()), (schedule, size)
 
 
 def test_the_norm_of_every_rank_is_the_same_bits_in_float32(ranks):

@@ -51,14 +51,26 @@ def final(mesh: str, changes: dict[str, Any]) -> Any:
     return gather_parameters(run, state)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_is_no_pipeline_bit_for_bit(ranks, name: str):
-    changes = GPT2 | TIED | {"dtype": "float32", "batch.num_microbatches": 6, "model.dropout": 0.1}
-    alone = assemble_whole([final("1x1x1", changes)])
-    whole = assemble_whole(ranks(3, final, "1x1x3", changes | {"pipeline.schedule": name}))
-    assert whole.keys() == alone.keys()
-    for key, values in alone.items():
-        assert values.equal(whole[key]), key
+BITS = {
+    "gpt2": GPT2 | TIED | {"dtype": "float32", "batch.num_microbatches": 6, "model.dropout": 0.1},
+    "llama": LLAMA | {"dtype": "float32", "batch.num_microbatches": 4},
+}
+
+
+def final_each(mesh: str, names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: final(mesh, changes | {"pipeline.schedule": name}) for name in names}
+
+
+@pytest.mark.parametrize(("variant", "mesh"), [("gpt2", "1x1x3"), ("llama", "1x1x2"), ("llama", "1x1x4")])
+def test_every_schedule_is_no_pipeline_bit_for_bit(ranks, variant: str, mesh: str):
+    """Float32, three steps."""
+    alone = assemble_whole([final("1x1x1", BITS[variant])])
+    parts = ranks(int(mesh[-1]), final_each, mesh, list(SCHEDULES), BITS[variant])
+    for name in SCHEDULES:
+        whole = assemble_whole([part[name] for part in parts])
+        assert whole.keys() == alone.keys()
+        for key, values in alone.items():
+            assert values.equal(whole[key]), (name, key)
 
 
 def go(mesh: str, changes: dict[str, Any], output: str, wish: str) -> Any:
@@ -100,8 +112,22 @@ def jittered(schedule: str, seed: int, changes: dict[str, Any]) -> Any:
     return advance(run, state, 2)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+JITTERED = LLAMA | {"dtype": "float32", "batch.num_microbatches": 6, "model.layers": 6}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
 def test_random_delays_change_nothing_and_hang_nobody(ranks, schedule: str):
-    changes = LLAMA | {"dtype": "float32", "batch.num_microbatches": 6, "model.layers": 6}
-    every = [ranks(8, jittered, schedule, seed, changes, timeout_s=60) for seed in range(2)]
-    assert all(rows == every[0][0] for found in every for rows in found)
+    every = ranks(8, jittered, schedule, 0, JITTERED, timeout_s=60)
+    assert all(rows == every[0] for rows in every)
+    assert every[0] == ranks(8, jittered, schedule, 1, JITTERED, timeout_s=60)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_runs_under_random_delays(ranks):
+    names = list(SCHEDULES)
+    first: dict[str, Any] = {}
+    for seed in range(50):
+        name = names[seed % len(names)]
+        every = ranks(8, jittered, name, seed, JITTERED, timeout_s=60)
+        assert all(rows == first.setdefault(name, every[0]) for rows in every), (name, seed)

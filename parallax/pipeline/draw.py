@@ -31,7 +31,7 @@ def summary(schedule: Schedule, timeline: Timeline) -> str:
     of = "" if stages == 1 else f" of {stages} stages a rank"
     return (
         f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches{of}; makespan "
-        f"{timeline.makespan:g}, bubble {timeline.bubble:.1%} ({timeline.inner_bubble:.1%} between a rank's first and "
+        f"{timeline.makespan:.6g}, bubble {timeline.bubble:.1%} ({timeline.inner_bubble:.1%} between a rank's first and "
         f"last action); activations held at most: {', '.join(map(str, timeline.in_flight))}"
     )
 
@@ -106,7 +106,12 @@ ROW, GAP, LEFT, TOP, RIGHT = 30, 8, 74, 62, 120
 
 def to_svg(schedule: Schedule, timeline: Timeline) -> str:
     """A picture: a row a rank, microbatch numbers in the cells, idle time hatched, what a rank holds on the right."""
-    unit = max(9.0, min(36.0, 1400 / max(timeline.makespan, 1e-9)))
+    # A low quantile, not the minimum: measured times have outliers.
+    lengths = sorted(span.end - span.start for span in timeline.spans if span.end > span.start) or [1.0]
+    shortest = lengths[len(lengths) // 20]
+    unit = max(17.0 / shortest, min(36.0 / shortest, 1400 / max(timeline.makespan, 1e-9)))
+    longest = max((len(str(span.action.microbatch)) for span in timeline.spans), default=1)
+    size = min(13.0, (shortest * unit - 3) / (0.58 * longest))
     width = LEFT + timeline.makespan * unit + RIGHT
     height = TOP + schedule.num_ranks * (ROW + GAP) + 62
     out = [
@@ -129,7 +134,7 @@ def to_svg(schedule: Schedule, timeline: Timeline) -> str:
             f'<text x="{LEFT + timeline.makespan * unit + 8:.1f}" y="{y + ROW / 2 + 4}" font-size="12" fill="#444">'
             f"idle {idle:.0%}, holds {timeline.in_flight[rank]}</text>"
         )
-    out += [_cell(schedule, span, unit) for span in timeline.spans]
+    out += [_cell(schedule, span, unit, size) for span in timeline.spans]
     out += _legend(schedule, timeline, TOP + schedule.num_ranks * (ROW + GAP) + 14)
     return "\n".join([*out, "</svg>"]) + "\n"
 
@@ -143,22 +148,17 @@ def _heading(schedule: Schedule, timeline: Timeline) -> list[str]:
     ]
 
 
-def _cell(schedule: Schedule, span: Span, unit: float) -> str:
+def _cell(schedule: Schedule, span: Span, unit: float, size: float) -> str:
+    """size: of the microbatch's number; one for all cells, so that none looks more important."""
     action = span.action
     chunk = _chunk(schedule, action)
     x, y, wide = LEFT + span.start * unit, TOP + span.rank * (ROW + GAP), (span.end - span.start) * unit
-    label = str(action.microbatch)
-    size = min(13.0, (wide - 2) / (0.58 * len(label)))
-    light = chunk % 4 in (1, 3)
-    text = ""
-    if size >= 6:
-        text = (
-            f'<text x="{x + wide / 2:.2f}" y="{y + ROW / 2 + size * 0.36:.2f}" font-size="{size:.1f}" '
-            f'text-anchor="middle" fill="{"#111" if light else "white"}">{label}</text>'
-        )
+    dark = chunk % 4 in (0, 2)
     return (
         f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{ROW}" fill="{SHADES[action.op][chunk % 4]}" '
-        f'stroke="white" stroke-width="1"><title>{action}: {span.start:g} to {span.end:g}</title></rect>{text}'
+        f'stroke="white" stroke-width="1"><title>{action}: {span.start:.6g} to {span.end:.6g}</title></rect>'
+        f'<text x="{x + wide / 2:.2f}" y="{y + ROW / 2 + size * 0.36:.2f}" font-size="{size:.1f}" '
+        f'text-anchor="middle" fill="{"white" if dark else "#111"}">{action.microbatch}</text>'
     )
 
 
