@@ -90,7 +90,7 @@ def plan_stages(config: Config, schedule: Schedule) -> tuple[tuple[Unit, ...], t
     if config.pipeline.split is not None:
         spans = split_from_layers(config.pipeline.split, units)
     else:
-        spans = balanced_split(units, schedule.num_stages)
+        spans = balanced_split(units, schedule.num_stages, schedule.stage_to_rank)
     check_partition(spans, units)
     return units, tuple(spans)
 

@@ -31,8 +31,8 @@ def summary(schedule: Schedule, timeline: Timeline) -> str:
     of = "" if stages == 1 else f" of {stages} stages a rank"
     return (
         f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches{of}; makespan "
-        f"{timeline.makespan:.6g}, bubble {timeline.bubble:.1%} ({timeline.inner_bubble:.1%} between a rank's first and "
-        f"last action); activations held at most: {', '.join(map(str, timeline.in_flight))}"
+        f"{timeline.makespan:.6g}, bubble {timeline.bubble:.1%} ({timeline.inner_bubble:.1%} between a rank's first "
+        f"and last action); activations held at most: {', '.join(map(str, timeline.in_flight))}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,11 +26,14 @@ class Unit:
     params: int
 
 
-def balanced_split(units: Sequence[Unit], num_stages: int) -> tuple[Span, ...]:
+def balanced_split(
+    units: Sequence[Unit], num_stages: int, stage_to_rank: Sequence[int] | None = None
+) -> tuple[Span, ...]:
     """Contiguous spans, each with a unit at least, whose largest FLOPs are as small as can be.
 
     Of the splits within 5 % of that, the one whose largest stage has the fewest parameters: time first, then memory.
-    The embedding has parameters and hardly FLOPs, the head has both. Dynamic programming, O(L^2 p).
+    The embedding has parameters and hardly FLOPs, the head has both. Dynamic programming, O(L^2 p). Where ranks
+    hold several stages (stage_to_rank), borders then move as long as the busiest rank gets less to do.
     Raises ConfigError where there are more stages than units.
     """
     if not 1 <= num_stages <= len(units):
@@ -45,7 +49,50 @@ def balanced_split(units: Sequence[Unit], num_stages: int) -> tuple[Span, ...]:
     def cost(i: int, j: int) -> float:
         return float("inf") if flops[j] - flops[i] > limit else float(params[j] - params[i])
 
-    return _min_max(len(units), num_stages, cost)
+    spans = _min_max(len(units), num_stages, cost)
+    if stage_to_rank is None or len(set(stage_to_rank)) == num_stages:
+        return spans
+    return _balance_ranks(spans, flops, params, stage_to_rank)
+
+
+def _balance_ranks(
+    spans: tuple[Span, ...], flops: Sequence[float], params: Sequence[int], stage_to_rank: Sequence[int]
+) -> tuple[Span, ...]:
+    """Move one border, or two, by a unit as long as the ranks get more even. flops and params are running sums."""
+
+    def loads(spans: Sequence[Span], sums: Sequence[float]) -> list[float]:
+        total = dict.fromkeys(stage_to_rank, 0.0)
+        for rank, (first, last) in zip(stage_to_rank, spans, strict=True):
+            total[rank] += sums[last] - sums[first]
+        return sorted(total.values(), reverse=True)
+
+    def badness(spans: Sequence[Span]) -> tuple[object, ...]:
+        return loads(spans, flops), max(flops[j] - flops[i] for i, j in spans), loads(spans, params)
+
+    best, least = spans, badness(spans)
+    while True:
+        found = [(badness(other), other) for other in _neighbours(best)]
+        better = min((item for item in found if item[0] < least), default=None)
+        if better is None:
+            return best
+        least, best = better
+
+
+def _neighbours(spans: tuple[Span, ...]) -> list[tuple[Span, ...]]:
+    """The splits in which one border or two lie a unit further left or right, no stage empty."""
+    borders = [first for first, _ in spans[1:]]
+    end = spans[-1][1]
+    found = set()
+    for one in range(len(borders)):
+        for two in range(one, len(borders)):
+            for step, other in itertools.product((-1, 0, 1), repeat=2):
+                moved = list(borders)
+                moved[one] += step
+                moved[two] += other if two != one else 0
+                edges = [0, *moved, end]
+                if all(a < b for a, b in itertools.pairwise(edges)):
+                    found.add(tuple(itertools.pairwise(edges)))
+    return sorted(found)
 
 
 def _min_max(num_units: int, num_stages: int, cost: Callable[[int, int], float]) -> tuple[Span, ...]:

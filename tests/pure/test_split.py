@@ -79,3 +79,30 @@ def test_the_table_names_every_stage():
     lines = stage_table([(0, 2), (2, 3)], units, [1, 0]).splitlines()
     assert lines[1].split() == ["0", "1", "3,000", "75.0%", "embedding", "..", "layers.0"]
     assert lines[2].split() == ["1", "0", "500", "25.0%", "head"]
+
+
+@given(UNITS, st.integers(1, 4))
+@settings(max_examples=60)
+def test_ranks_with_two_stages_are_balanced_as_wholes(units: list[Unit], num_ranks: int):
+    if 2 * num_ranks > len(units):
+        return
+    places = [min(s, 2 * num_ranks - 1 - s) for s in range(2 * num_ranks)]
+
+    def busiest(spans: object) -> float:
+        total = [0.0] * num_ranks
+        for rank, (first, last) in zip(places, spans, strict=True):  # type: ignore[arg-type]
+            total[rank] += sum(u.flops for u in units[first:last])
+        return max(total)
+
+    spans = balanced_split(units, 2 * num_ranks, places)
+    check_partition(spans, units)
+    assert busiest(spans) <= busiest(balanced_split(units, 2 * num_ranks))
+
+
+def test_the_default_model_in_a_v_on_two_ranks_is_even():
+    """Six layers on four stages: the rank with embedding and head gets three of them too."""
+    config = ModelConfig()
+    units = [Unit(*cost) for cost in unit_costs(config, 128)]
+    spans = balanced_split(units, 4, [0, 1, 1, 0])
+    layers = [sum(1 <= u <= 6 for u in range(*span)) for span in spans]
+    assert layers[0] + layers[3] == layers[1] + layers[2] == 3
