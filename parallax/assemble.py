@@ -16,21 +16,17 @@ from parallax.data.replicate import Replicate, Tie, spec_grads
 from parallax.errors import ConfigError
 from parallax.gradients import GradSink, attach
 from parallax.mesh import Mesh
-from parallax.models.costs import unit_costs
 from parallax.models.transformer import TIED, Transformer
 from parallax.optimizer import AdamW
 from parallax.params import ParamSpec, collect, materialize
 from parallax.pipeline.executor import Executor
-from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Schedule
 from parallax.pipeline.schedules import forward_only
-from parallax.pipeline.split import Unit, balanced_split, check_partition, split_from_layers, stage_table
-from parallax.pipeline.table import get_schedule
 from parallax.pipeline.transport import P2P
-from parallax.pipeline.validate import Wire, validate
+from parallax.stage_plan import StagePlan, plan_stages, prove
 from parallax.step import TrainState
 
-__all__ = ["DTYPES", "Run", "assemble", "build_stage", "plan_run", "plan_stages"]
+__all__ = ["DTYPES", "Run", "assemble", "build_stage"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -46,9 +42,7 @@ class Run:
     config: Config
     mesh: Mesh
     batch: ResolvedBatch
-    spans: tuple[tuple[int, int], ...]
-    units: tuple[Unit, ...]
-    schedule: Schedule
+    plan: StagePlan
     stages: Mapping[int, nn.Module]
     specs: Mapping[int, Sequence[ParamSpec]]
     order: Mapping[str, int]
@@ -66,41 +60,15 @@ class Run:
         return [flat.grads for flat in self.flats.values()]
 
     @property
-    def num_parameters(self) -> int:
-        """Of the whole model; a tied weight counts once."""
-        return sum(unit.params for unit in self.units)
-
-    @property
-    def flops_per_token(self) -> float:
-        """Forward and backward of the whole model: three times the forward."""
-        return 3.0 * sum(unit.flops for unit in self.units)
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
 
     def describe(self) -> str:
-        """The stage table and the batch equation, for the log."""
-        table = stage_table(self.spans, self.units, self.schedule.stage_to_rank)
-        return f"{self.num_parameters:,} parameters; schedule {self.schedule.name}; {self.batch.equation}\n{table}"
+        """The batch equation and the stage table, for the log."""
+        return f"{self.batch.equation}\n{self.plan.describe()}"
 
 
 StageBuilder = Callable[..., nn.Module]
-
-
-def plan_stages(config: Config, schedule: Schedule) -> tuple[tuple[Unit, ...], tuple[tuple[int, int], ...]]:
-    """The units of the model, and which of them each stage holds: balanced, or as pipeline.split says."""
-    units = tuple(Unit(*cost) for cost in unit_costs(config.model, config.corpus.sequence_length))
-    if config.pipeline.split is not None:
-        spans = split_from_layers(config.pipeline.split, units)
-    else:
-        spans = balanced_split(units, schedule.num_stages, schedule.stage_to_rank)
-    check_partition(spans, units)
-    return units, tuple(spans)
-
-
-def plan_run(config: Config) -> tuple[Schedule, tuple[Unit, ...], tuple[tuple[int, int], ...]]:
-    """The schedule, lowered and proven, with the units of the model and the span of each stage: no process needed."""
-    num_microbatches = resolve_batch(config).num_microbatches
-    wish, ranks = config.pipeline, config.mesh_shape.pipeline
-    schedule = _prove(get_schedule(wish.schedule, ranks, num_microbatches, wish.stages_per_rank))
-    return schedule, *plan_stages(config, schedule)
 
 
 def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBuilder = Transformer) -> nn.Module:
@@ -126,8 +94,9 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     if problems := check(config):
         raise ConfigError("; ".join(problems))
     batch = resolve_batch(config)
-    schedule, units, spans = plan_run(config)
-    evaluation = _prove(forward_only(schedule))
+    plan = plan_stages(config)
+    schedule, spans = plan.schedule, plan.spans
+    evaluation = prove(forward_only(schedule))
     rank = mesh.pipeline.rank
     stages = {s: build_stage(config, mesh, range(*spans[s]), model) for s in schedule.stages_of(rank)}
     specs = {s: collect(stage, mesh) for s, stage in stages.items()}
@@ -157,9 +126,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         config=config,
         mesh=mesh,
         batch=batch,
-        spans=spans,
-        units=units,
-        schedule=schedule,
+        plan=plan,
         stages=stages,
         specs=specs,
         order=_canonical_order(specs, mesh),
@@ -169,13 +136,6 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         evaluator=evaluator,
     )
     return run, TrainState(AdamW(config.optimizer, flats))
-
-
-def _prove(schedule: Schedule) -> Schedule:
-    """Lowered, and shown to end on an ordered wire before any process runs it."""
-    lowered = lower(schedule)
-    validate(lowered, wire=Wire.ORDERED)
-    return lowered
 
 
 def _grad_dtype(config: Config) -> torch.dtype:

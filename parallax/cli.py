@@ -13,19 +13,16 @@ __all__ = ["COMMANDS", "main"]
 
 def check(argv: Sequence[str]) -> int:
     """What a configuration would run, without running it: mesh, batch, stages, and that its schedule ends."""
-    from parallax.assemble import plan_run
+    from parallax.config import resolve_batch
     from parallax.config_io import load
+    from parallax.stage_plan import plan_stages
 
     config = load(argv)
-    schedule, units, spans = plan_run(config)
-    from parallax.config import resolve_batch
-    from parallax.pipeline.split import stage_table
-
+    plan = plan_stages(config)
     print(f"mesh {config.mesh_shape.describe()}")
-    print(f"batch {resolve_batch(config).equation}")
-    print(f"schedule {schedule.name}: {len(schedule.programs)} ranks, proven to end on an ordered wire")
-    print(f"{sum(unit.params for unit in units):,} parameters")
-    print(stage_table(spans, units, schedule.stage_to_rank))
+    print(resolve_batch(config).equation)
+    print(plan.describe())
+    print("the schedule is complete and ends on an ordered wire")
     return 0
 
 

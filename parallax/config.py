@@ -311,6 +311,13 @@ def _schedule(config: Config) -> str | None:
     from parallax.pipeline.table import get_schedule
 
     pipeline = config.pipeline
+    if pipeline.schedule == "auto":
+        for name, value in (("split", pipeline.split), ("stages_per_rank", pipeline.stages_per_rank)):
+            if value is not None:
+                return f"pipeline.schedule=auto chooses pipeline.{name} itself; leave pipeline.{name} out"
+        return None
+    if pipeline.memory_cap is not None:
+        return f"pipeline.memory_cap is for pipeline.schedule=auto, not {pipeline.schedule}; leave it out, or take auto"
     if _batch(config):
         return None
     num_microbatches = resolve_batch(config).num_microbatches
@@ -360,7 +367,7 @@ _RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh model.layers pipeline.schedule pipeline.stages_per_rank", _layers_by_pipeline),
     ("mesh model.layers pipeline.split pipeline.schedule pipeline.stages_per_rank", _split),
     (
-        "mesh pipeline.schedule pipeline.stages_per_rank "
+        "mesh pipeline.schedule pipeline.stages_per_rank pipeline.memory_cap pipeline.split "
         "batch.global_size batch.microbatch_size batch.num_microbatches",
         _schedule,
     ),

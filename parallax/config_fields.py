@@ -104,8 +104,9 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineConfig:
-    schedule: str = key("1f1b", "pipeline schedule, by its paper's name, or a FILE.csv")
+    schedule: str = key("1f1b", "pipeline schedule by its paper's name, auto, or a FILE.csv")
     stages_per_rank: int | None = key(None, "stages of each rank (interleaved); none = the schedule's own", least=1)
+    memory_cap: float | None = key(None, "auto: microbatches a rank may hold; none = as many as 1f1b", above=0)
     split: tuple[int, ...] | None = key(None, "layers of each stage, as in 3,5; none = even", least=0)
 
 

@@ -123,7 +123,7 @@ def help_text() -> str:
             section = this
             lines += ["", f"{section}:" if section else "run:"]
         lines.append(f"  {name:<28} {known.help}")
-        kind = "|".join(schedule_names()) if name == "pipeline.schedule" else kind_name(known.kind)
+        kind = "|".join((*schedule_names(), "auto")) if name == "pipeline.schedule" else kind_name(known.kind)
         lines.append(f"  {'':<28} {kind}, default {_shown(known.default)}")
     return "\n".join(lines) + "\n"
 

@@ -37,7 +37,7 @@ def main() -> None:
         mesh,
         output,
         num_steps=config.steps,
-        flops_per_token=run.flops_per_token,
+        flops_per_token=run.plan.flops_per_token,
         dtype=DTYPES[config.dtype],
         log_every=config.log_every,
     )

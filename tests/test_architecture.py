@@ -33,6 +33,9 @@ RANK = {
     "pipeline.split": 4,
     "pipeline.table": 6,
     "pipeline.draw": 6,
+    "pipeline.search": 6,
+    "models.costs": 8,
+    "stage_plan": 9,
     "config": 7,
     "config_io": 8,
     "corpus": 3,
@@ -56,6 +59,7 @@ RANK = {
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]
 NO_TORCH += ["parallax.pipeline.v_schedules", "parallax.pipeline.table", "parallax.pipeline.draw"]
+NO_TORCH += ["parallax.pipeline.search", "parallax.stage_plan", "parallax.schedule_command"]
 NO_TORCH += ["parallax.mesh", "parallax.config", "parallax.config_io", "parallax.corpus"]
 COLLECTIVES = re.compile(
     r"\bdist\.(all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*|broadcast\w*|i?send|i?recv|"

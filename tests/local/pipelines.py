@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallax.assemble import build_stage, plan_stages
+from parallax.assemble import build_stage
 from parallax.data.buckets import FlatBuffers
 from parallax.data.replicate import Replicate, Tie
 from parallax.gradients import GradSink, attach
 from parallax.mesh import init_mesh
+from parallax.models.costs import unit_costs
 from parallax.models.transformer import TIED
 from parallax.optimizer import AdamW
 from parallax.params import collect, materialize
@@ -20,7 +21,9 @@ from parallax.pipeline.executor import Executor, run_together
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Action, Op, Schedule
 from parallax.pipeline.schedules import one_f_one_b
+from parallax.pipeline.split import Unit
 from parallax.pipeline.transport import LocalTransport
+from parallax.stage_plan import split_units
 from tests.cases import make_batch, make_config
 
 SMALL: dict[str, Any] = {
@@ -52,7 +55,8 @@ class LocalPipeline:
         self.config = make_config("1x1x1", **SMALL | changes | FEW_HEADS)
         self.mesh = init_mesh("1x1x1", device_type="cpu")
         self.schedule = lower(schedule)
-        _, spans = plan_stages(self.config, self.schedule)
+        costs = unit_costs(self.config.model, self.config.corpus.sequence_length)
+        spans = split_units(self.config, tuple(Unit(*cost) for cost in costs), self.schedule)
         self.stages: dict[int, Any] = {}
         specs, sinks = {}, {}
         for stage, span in enumerate(spans):

@@ -41,7 +41,7 @@ def test_check_shows_what_would_run_on_ranks_that_are_not_there(capsys):
     assert cli.main(["check", "mesh=8x4x3", "batch.global_size=48"]) == 0
     text = capsys.readouterr().out
     assert "data=8 tensor=4 pipeline=3 (96 ranks)" in text
-    assert "global_size 48 = data 8 x microbatch_size 1 x num_microbatches 6" in text
+    assert "global_size 48 = data 8 x microbatch_size 1 x num_microbatches 6" in text and "1f1b" in text
     assert "embedding" in text and ".. head" in text
 
 

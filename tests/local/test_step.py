@@ -129,7 +129,7 @@ def test_the_counted_parameters_are_the_model_s(variant: str):
         assert params == sum(n for k, n in held.items() if k.startswith(f"{name}.") or mine and k.startswith(mine)), (
             name
         )
-    assert run.num_parameters == sum(held.values()) == sum(counted.values())
+    assert run.plan.num_parameters == sum(held.values()) == sum(counted.values())
 
 
 def test_known_models_have_their_known_sizes():

@@ -238,6 +238,7 @@ def configs(draw: st.DrawFn) -> Config:
         "mesh",
         "pipeline.schedule",
         "pipeline.stages_per_rank",
+        "pipeline.memory_cap",
         "pipeline.split",
         "resume",
         "model.hidden",

@@ -137,4 +137,4 @@ def test_replicas_are_written_once(ranks, tmp_path: Path):
 
 def num_parameters() -> int:
     run, _ = start("1x1x1", **OTHER)
-    return run.num_parameters
+    return run.plan.num_parameters

@@ -52,7 +52,7 @@ def expected(run: Run) -> dict[str, dict[str, int]]:
     p, d, t = mesh.shape.pipeline, mesh.shape.data, mesh.shape.tensor
     rank, m = mesh.pipeline.rank, run.batch.num_microbatches
     first, last = rank == 0, rank == p - 1
-    low, high = run.spans[rank]
+    low, high = run.plan.spans[rank]
     num_layers = len([unit for unit in range(low, high) if 1 <= unit <= config.model.layers])
     tokens = run.batch.microbatch_size * config.corpus.sequence_length
     hidden = config.model.hidden
