@@ -62,7 +62,7 @@ def search(units: Sequence[Unit], num_ranks: int, num_microbatches: int, *, memo
             candidates.append((schedule, balanced_split(units, schedule.num_stages, schedule.stage_to_rank)))
     placements = dict.fromkeys((schedule.stage_to_rank, spans) for schedule, spans in candidates)
     for places, spans in placements:
-        cost, weights = stage_cost(units, spans), _weights(units, spans, num_ranks)
+        cost, weights = stage_cost(units, spans, num_ranks), _weights(units, spans, num_ranks)
         for preference in _preferences(len(places) // num_ranks):
             made = generate(places, num_microbatches, cost, weights, memory_cap, preference)
             if made is not None:
@@ -70,7 +70,7 @@ def search(units: Sequence[Unit], num_ranks: int, num_microbatches: int, *, memo
     found = []
     for schedule, spans in candidates:
         peak = weighted_peak(schedule, _weights(units, spans, num_ranks))
-        found.append((simulate(schedule, stage_cost(units, spans)), peak, schedule, spans))
+        found.append((simulate(schedule, stage_cost(units, spans, num_ranks)), peak, schedule, spans))
     fitting = [item for item in found if item[1] <= memory_cap + EPSILON]
     if not fitting:
         least = min(peak for _, peak, _, _ in found)
@@ -79,17 +79,17 @@ def search(units: Sequence[Unit], num_ranks: int, num_microbatches: int, *, memo
             f"microbatches; the least that any table needs is {least:.3g}"
         )
     timeline, peak, schedule, spans = min(fitting, key=lambda item: (item[0].makespan, item[1]))
-    bound = lower_bound(schedule, stage_cost(units, spans))
+    bound = lower_bound(schedule, stage_cost(units, spans, num_ranks))
     return Found(schedule, spans, timeline, peak, bound, len(fitting))
 
 
-def stage_cost(units: Sequence[Unit], spans: Sequence[Span]) -> Cost:
+def stage_cost(units: Sequence[Unit], spans: Sequence[Span], num_ranks: int) -> Cost:
     """Times in proportion to FLOPs: the two products of a backward take as long as the forward's one, each.
 
-    The unit is an average stage's forward. A unit without FLOPs (the embedding) still takes a little.
+    The unit is the forward of an average rank's share. A unit without FLOPs (the embedding) still takes a little.
     """
     total = sum(unit.flops for unit in units) or 1.0
-    times = [max(0.01, sum(u.flops for u in units[a:b]) / total * len(spans)) for a, b in spans]
+    times = [max(0.01, sum(u.flops for u in units[a:b]) / total * num_ranks) for a, b in spans]
     return Cost(times, times, times)
 
 

@@ -31,7 +31,7 @@ def hand_made(units: list[Unit], num_ranks: int, num_microbatches: int, cap: flo
         spans = balanced_split(units, table.num_stages, table.stage_to_rank)
         weights = [(b - a) * num_ranks / len(units) for a, b in spans]
         if weighted_peak(table, weights) <= cap + 1e-9:
-            found.append(simulate(table, stage_cost(units, spans)).makespan)
+            found.append(simulate(table, stage_cost(units, spans, num_ranks)).makespan)
     return found
 
 
