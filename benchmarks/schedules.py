@@ -1,9 +1,9 @@
 """Do schedules take as long as they are drawn? The real executor over real messages, with stages that sleep.
 
-    torchrun --nproc_per_node 8 benchmarks/schedules.py [unit_ms=20] [rounds=3]
+    torchrun --nproc_per_node 8 benchmarks/schedules.py [unit_ms=20] [rounds=3] [per_rank=2] [only=zb-v,zb-h2]
 
 Sleeping ranks need no core, so the makespan shows as on a machine with a core (or a GPU) for each. The law is the
-simulated makespan of the same table at the same times; every schedule runs with 2, 4 and 8 ranks and twice as many
+simulated makespan of the same table at the same times; every schedule runs with 2, 4 and 8 ranks and per_rank as many
 microbatches, and the best of the rounds counts. Bubble: idle share of the makespan; inside: of a rank's own span, the
 worst rank.
 """
@@ -25,7 +25,7 @@ from parallax.launch import entrypoint
 from parallax.mesh import Mesh, init_mesh
 from parallax.pipeline.executor import Executor
 from parallax.pipeline.lower import lower
-from parallax.pipeline.schedule import Op, Schedule
+from parallax.pipeline.schedule import Schedule
 from parallax.pipeline.schedules import SCHEDULES
 from parallax.pipeline.simulate import Cost, simulate
 from parallax.pipeline.transport import P2P
@@ -73,68 +73,61 @@ class _NoSync:
         return lambda *args: None
 
 
-def play(mesh: Mesh, schedule: Schedule, seconds: float) -> tuple[float, list[tuple[float, float]]]:
-    """Run one step. Returns this rank's end, and its compute actions as (start, end), from a common start."""
+def play(mesh: Mesh, schedule: Schedule, seconds: float) -> tuple[float, float]:
+    """Run one step. Returns this rank's end, and its span: from the start of its first pass to the end of its last."""
     rank, last = mesh.pipeline.rank, schedule.num_stages - 1
     stages = {s: SleepingStage(seconds, last=s == last) for s in schedule.stages_of(rank)}
     sinks = {s: stage.sink for s, stage in stages.items()}
     executor = Executor(stages, sinks, schedule, rank, P2P(mesh, schedule.num_stages), _NoSync())
-    spans: list[tuple[float, float]] = []
-    for op in (Op.F, Op.B, Op.I, Op.W):
-        honest = executor._do[op]
-
-        def timed(action: Any, honest: Any = honest) -> None:
-            start = time.perf_counter()
-            honest(action)
-            spans.append((start, time.perf_counter()))
-
-        executor._do[op] = timed
+    times: list[float] = []
+    executor.recorder = lambda action, start, end: times.extend((start, end))
     microbatch = SimpleNamespace(tokens_BT=torch.zeros(1, 1))
     barrier(mesh.world, mesh.device)
     begun = time.perf_counter()
     executor.run([microbatch] * schedule.num_microbatches, scale=1.0)
-    return time.perf_counter() - begun, [(a - begun, b - begun) for a, b in spans]
+    return time.perf_counter() - begun, times[-1] - times[0]
 
 
-def measure(mesh: Mesh, name: str, num_ranks: int, unit_s: float, rounds: int) -> dict[str, float]:
-    table = SCHEDULES[name](num_ranks, 2 * num_ranks)
+def measure(mesh: Mesh, table: Schedule, unit_s: float, rounds: int) -> dict[str, float]:
     schedule = lower(table)
     validate(schedule, wire=Wire.ORDERED)
-    seconds = unit_s / (table.num_stages // num_ranks)
+    seconds = unit_s * table.num_ranks / table.num_stages
     law = simulate(table, Cost(seconds, seconds, seconds))
+    busy = 3 * table.num_microbatches * unit_s
     best: dict[str, float] = {}
     for _ in range(rounds):
-        end, spans = play(mesh, schedule, seconds)
-        busy = 3 * table.num_microbatches * unit_s
-        own = spans[-1][1] - spans[0][0]
+        end, own = play(mesh, schedule, seconds)
         every = gather_json([end, 1 - busy / own], mesh.world, mesh.device)
         makespan = max(row[0] for row in every)
         if not best or makespan < best["makespan"]:
             best = {"makespan": makespan, "inside": max(row[1] for row in every)}
-    return best | {"law": law.makespan, "bubble": 1 - busy / best["makespan"], "drawn": law.bubble}
+    best |= {"law": law.makespan, "bubble": 1 - busy / best["makespan"]}
+    return best | {"drawn": law.bubble, "drawn_inside": law.inner_bubble}
 
 
 def main() -> None:
-    options = {"unit_ms": 20.0, "rounds": 3.0} | {k: float(v) for k, v in (a.split("=") for a in sys.argv[1:])}
+    options = {"unit_ms": "20", "rounds": "3", "per_rank": "2", "only": ",".join(SCHEDULES)}
+    options |= dict(argument.split("=") for argument in sys.argv[1:])
+    unit_s, rounds, per_rank = float(options["unit_ms"]) / 1e3, int(options["rounds"]), int(options["per_rank"])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
     say = int(os.environ.get("RANK", "0")) == 0
     if say:
-        unit, rounds, load = options["unit_ms"], options["rounds"], os.getloadavg()[0]
-        print(f"F = I = W = {unit:g} ms a rank, best of {rounds:g}, load {load:.1f}")
-        print("schedule     ranks microbatches  law ms  measured ms  ratio  bubble  (drawn)  inside")
+        print(f"F = I = W = {unit_s * 1e3:g} ms a rank, best of {rounds}, load {os.getloadavg()[0]:.1f}")
+        print("schedule     ranks microbatches  law ms  measured ms  ratio  bubble (drawn)  inside (drawn)")
     for num_ranks in (2, 4, 8):
         if world % num_ranks:
             continue
         mesh = init_mesh(f"{world // num_ranks}x1x{num_ranks}", device_type="cpu")
-        measure(mesh, "gpipe", num_ranks, 1e-3, 1)  # connections are made on first use
-        for name in SCHEDULES:
-            row = measure(mesh, name, num_ranks, options["unit_ms"] / 1e3, int(options["rounds"]))
+        measure(mesh, SCHEDULES["gpipe"](num_ranks, num_ranks), 1e-3, 1)  # connections are made on first use
+        for name in options["only"].split(","):
+            table = SCHEDULES[name](num_ranks, per_rank * num_ranks)
+            row = measure(mesh, table, unit_s, rounds)
             law, took = row["law"], row["makespan"]
-            line = f"{name:<12} {num_ranks:>5} {2 * num_ranks:>12} {law * 1e3:>7.0f} {took * 1e3:>12.0f}"
-            line += f" {took / law:>6.3f} {row['bubble']:>7.1%} {row['drawn']:>8.1%} {row['inside']:>7.1%}"
+            line = f"{name:<12} {num_ranks:>5} {table.num_microbatches:>12} {law * 1e3:>7.0f} {took * 1e3:>12.0f}"
+            line += f" {took / law:>6.3f} {row['bubble']:>7.1%} {row['drawn']:>7.1%} {row['inside']:>7.1%}"
             if say:
-                print(line, flush=True)
+                print(line + f" {row['drawn_inside']:>7.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,22 +47,28 @@ def _where(rank: int, column: int, action: Action) -> str:
 def _check_places(schedule: Schedule) -> None:
     if bad := [r for r in schedule.stage_to_rank if not 0 <= r < schedule.num_ranks]:
         raise ScheduleError(f"{schedule.name}: a stage is on rank {bad[0]}, there are {schedule.num_ranks} programs")
-    seen: dict[Action, str] = {}
+    seen: dict[Action, tuple[int, int]] = {}
     for rank, column, action in schedule.actions():
-        here = _where(rank, column, action)
-        if not 0 <= action.stage < schedule.num_stages:
-            raise ScheduleError(f"{schedule.name}: {here}: there are stages 0 to {schedule.num_stages - 1}")
-        if schedule.stage_to_rank[action.stage] != rank:
-            holder = schedule.stage_to_rank[action.stage]
-            raise ScheduleError(f"{schedule.name}: {here}: stage {action.stage} is on rank {holder}")
-        whole = action.op in WHOLE_STAGE
-        if whole != (action.microbatch is None) or not (
-            action.microbatch is None or 0 <= action.microbatch < schedule.num_microbatches
-        ):
-            raise ScheduleError(f"{schedule.name}: {here}: microbatches are 0 to {schedule.num_microbatches - 1}")
+        if problem := _misplaced(schedule, rank, action):
+            raise ScheduleError(f"{schedule.name}: {_where(rank, column, action)}: {problem}")
         if action in seen and action.op not in (Op.UNSHARD, Op.RESHARD):
-            raise ScheduleError(f"{schedule.name}: {here} is there twice, first at {seen[action]}")
-        seen[action] = here
+            first = _where(*seen[action], action)
+            raise ScheduleError(f"{schedule.name}: {_where(rank, column, action)} is there twice, first at {first}")
+        seen[action] = (rank, column)
+
+
+def _misplaced(schedule: Schedule, rank: int, action: Action) -> str | None:
+    """What is wrong with an action's stage or microbatch on this rank."""
+    stage, op, microbatch = action
+    if not 0 <= stage < schedule.num_stages:
+        return f"there are stages 0 to {schedule.num_stages - 1}"
+    if schedule.stage_to_rank[stage] != rank:
+        return f"stage {stage} is on rank {schedule.stage_to_rank[stage]}"
+    if (op in WHOLE_STAGE) != (microbatch is None) or not (
+        microbatch is None or 0 <= microbatch < schedule.num_microbatches
+    ):
+        return f"microbatches are 0 to {schedule.num_microbatches - 1}"
+    return None
 
 
 def _check_complete(schedule: Schedule) -> None:

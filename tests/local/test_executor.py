@@ -6,13 +6,16 @@ import functools
 import gc
 import weakref
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from parallax.errors import ScheduleError
+from parallax.gradients import GradSink
 from parallax.pipeline.executor import Executor, run_together
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Action, Op, Schedule
@@ -21,6 +24,7 @@ from parallax.pipeline.transport import LocalTransport
 from parallax.pipeline.validate import validate
 from tests.cases import VARIANTS
 from tests.local.pipelines import LocalPipeline, split_backward, two_stages_a_rank
+from tests.pure.test_table import random_tables
 
 STEPS = 3
 NUM_MICROBATCHES = 6
@@ -128,3 +132,64 @@ def test_the_wrong_number_of_microbatches_or_stages_is_refused():
     two = lower(SCHEDULES["gpipe"](2, 2))
     with pytest.raises(ScheduleError, match=r"has stages \[0\], schedule gpipe gives it \[1\]"):
         Executor({0: pipeline.stages[0]}, {}, two, 1, LocalTransport(), pipeline.sync)
+
+
+class Sums:
+    """A stage that adds its number to what comes in: what arrives at the end tells which way it took."""
+
+    dtype = torch.float64
+
+    def __init__(self, stage: int, last: bool) -> None:
+        self.last, self.sink = last, GradSink()
+        self.weight = torch.nn.Parameter(torch.full((1,), float(stage + 1), dtype=torch.float64))
+        self.sink.buffers[self.weight] = torch.zeros(1, dtype=torch.float64)
+
+    def __call__(self, x: Tensor | None, microbatch: Any, scale: float) -> Tensor:
+        x = microbatch.tokens_BT if x is None else x
+        y = _AddWeight.apply(x, self.weight, self.sink)
+        return y.sum() * microbatch.weight if self.last else y
+
+    def boundary_shape(self, num_samples: int, sequence_length: int) -> tuple[int, ...]:
+        return (num_samples, sequence_length)
+
+
+class _AddWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: torch.nn.Parameter, sink: GradSink) -> Tensor:
+        ctx.weight, ctx.sink = weight, sink
+        return x + weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.sink.add(ctx.weight, lambda out: out.add_(grad.sum()))
+        return grad, None, None
+
+
+class NoSync:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+@given(random_tables())
+@settings(max_examples=200)
+def test_a_random_table_runs_or_is_refused(table: Schedule):
+    try:
+        validate(table)
+    except ScheduleError:
+        return
+    lowered, last = lower(table), table.num_stages - 1
+    transport, executors, stages = LocalTransport(), [], {}
+    for rank in range(table.num_ranks):
+        mine = {s: Sums(s, s == last) for s in table.stages_of(rank)}
+        stages |= mine
+        sinks = {s: stage.sink for s, stage in mine.items()}
+        executors.append(Executor(mine, sinks, lowered, rank, transport, NoSync()))
+    batch = [
+        SimpleNamespace(tokens_BT=torch.full((1, 2), float(i), dtype=torch.float64), weight=i + 1.0)
+        for i in range(table.num_microbatches)
+    ]
+    losses = run_together(executors, [batch] * table.num_ranks, scale=1.0)
+    path = (last + 1) * (last + 2) / 2
+    assert float(sum(losses)) == sum(2 * (i + path) * (i + 1) for i in range(table.num_microbatches))
+    for stage in stages.values():
+        assert float(stage.sink.buffers[stage.weight]) == sum(2 * (i + 1) for i in range(table.num_microbatches))

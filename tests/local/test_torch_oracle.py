@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallax.pipeline.schedules import SCHEDULES
+from parallax.pipeline.table import to_text
 from tests.local.pipelines import split_backward, two_stages_a_rank
 
 schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
@@ -28,6 +29,19 @@ def test_torch_accepts_our_text_form(name: str):
             assert mapping == dict(enumerate(table.stage_to_rank))
             for row, program in zip(rows.values(), table.programs, strict=True):
                 assert [str(a) for a in row] == [str(a) for a in program]
+
+
+@pytest.mark.skipif(not hasattr(schedules, "_simulate_comms_compute"), reason="this torch has no simulator")
+@pytest.mark.parametrize("name", TABLES)
+def test_torch_adds_its_messages_to_an_exported_table_and_plays_it(name: str):
+    """Its simulator takes a RECV for a wait, so it places receives itself; ours are posted ahead."""
+    for p, m in [(2, 1), (2, 5), (3, 7), (4, 8), (6, 6)]:
+        table = TABLES[name](p, m)
+        text = to_text(table).splitlines()
+        rows = {r: [schedules._Action.from_str(cell) for cell in row.split(",")] for r, row in enumerate(text)}
+        where = {"stage_to_rank": table.stage_to_rank.__getitem__, "num_stages": table.num_stages}
+        played = schedules._simulate_comms_compute(schedules._add_send_recv(rows, **where), **where)
+        assert len(played) == p
 
 
 @pytest.mark.skipif(validate is None, reason="this torch has no validator")
