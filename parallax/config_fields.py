@@ -107,7 +107,8 @@ class PipelineConfig:
     schedule: str = key("1f1b", "pipeline schedule by its paper's name, auto, or a FILE.csv")
     stages_per_rank: int | None = key(None, "stages of each rank (interleaved); none = the schedule's own", least=1)
     memory_cap: float | None = key(None, "auto: microbatches a rank may hold; none = as many as 1f1b", above=0)
-    split: tuple[int, ...] | None = key(None, "layers of each stage, as in 3,5; none = even", least=0)
+    max_memory_bytes: int | None = key(None, "no stage split that needs more on a rank", least=1, below=WIDE_LIMIT)
+    split: tuple[int, ...] | None = key(None, "layers of each stage, as in 3,5; none = balanced", least=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parallax.config import ModelConfig
 
-__all__ = ["unit_costs"]
+__all__ = ["unit_activations", "unit_costs"]
 
 
 def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, float, int]]:
@@ -28,3 +28,20 @@ def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, flo
         *((f"layers.{i}", *layer) for i in range(config.layers)),
         ("head", 2.0 * table, head + norm),
     ]
+
+
+def unit_activations(config: ModelConfig, *, tensor: int = 1, sequence_parallel: bool = False) -> list[float]:
+    """Elements a token that embedding, layers and head keep on a rank from F to B, in this model's layers.
+
+    Each norm keeps its input, each column layer its (gathered) input, attention q, k, v and its output, which is the
+    row layer's input, the MLP what its activation needs and the row layer's input; the head its logits. Dropout masks
+    are recomputed from their keys but their products are kept.
+    """
+    hidden, head_dim = config.hidden, config.head_dim
+    width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
+    norm_inputs = 2 * hidden / (tensor if sequence_parallel else 1)
+    cut = 2 * width + 2 * kv_width + config.heads + (4 if config.activation == "swiglu" else 2) * config.ffn_size
+    layer = norm_inputs + 2 * hidden + cut / tensor
+    if config.dropout:
+        layer += 2 * hidden / (tensor if sequence_parallel else 1)
+    return [0.0, *[layer] * config.layers, norm_inputs / 2 + hidden + config.vocab / tensor]

@@ -27,14 +27,19 @@ class Unit:
 
 
 def balanced_split(
-    units: Sequence[Unit], num_stages: int, stage_to_rank: Sequence[int] | None = None
+    units: Sequence[Unit],
+    num_stages: int,
+    stage_to_rank: Sequence[int] | None = None,
+    *,
+    allowed: Callable[[int, Span], bool] = lambda stage, span: True,
 ) -> tuple[Span, ...]:
     """Contiguous spans, each with a unit at least, whose largest FLOPs are as small as can be.
 
     Of the splits within 5 % of that, the one whose largest stage has the fewest parameters: time first, then memory.
     The embedding has parameters and hardly FLOPs, the head has both. Dynamic programming, O(L^2 p). Where ranks
     hold several stages (stage_to_rank), borders then move as long as the busiest rank gets less to do.
-    Raises ConfigError where there are more stages than units.
+    allowed(stage, span): whether the stage may hold those units (its memory).
+    Raises ConfigError where there are more stages than units, or no split is allowed.
     """
     if not 1 <= num_stages <= len(units):
         raise ConfigError(
@@ -43,20 +48,32 @@ def balanced_split(
         )
     flops = [0.0, *accumulate(unit.flops for unit in units)]
     params = [0, *accumulate(unit.params for unit in units)]
-    fastest = _min_max(len(units), num_stages, lambda i, j: flops[j] - flops[i])
+    infinite = float("inf")
+
+    def time(stage: int, i: int, j: int) -> float:
+        return flops[j] - flops[i] if allowed(stage, (i, j)) else infinite
+
+    fastest = _min_max(len(units), num_stages, time)
+    if fastest is None:
+        raise ConfigError(f"no split of {len(units)} units into {num_stages} stages is allowed")
     limit = TOLERANCE * max(flops[j] - flops[i] for i, j in fastest)
 
-    def cost(i: int, j: int) -> float:
-        return float("inf") if flops[j] - flops[i] > limit else float(params[j] - params[i])
+    def memory(stage: int, i: int, j: int) -> float:
+        return infinite if time(stage, i, j) > limit else float(params[j] - params[i])
 
-    spans = _min_max(len(units), num_stages, cost)
+    spans = _min_max(len(units), num_stages, memory)
+    assert spans is not None
     if stage_to_rank is None or len(set(stage_to_rank)) == num_stages:
         return spans
-    return _balance_ranks(spans, flops, params, stage_to_rank)
+    return _balance_ranks(spans, flops, params, stage_to_rank, allowed)
 
 
 def _balance_ranks(
-    spans: tuple[Span, ...], flops: Sequence[float], params: Sequence[int], stage_to_rank: Sequence[int]
+    spans: tuple[Span, ...],
+    flops: Sequence[float],
+    params: Sequence[int],
+    stage_to_rank: Sequence[int],
+    allowed: Callable[[int, Span], bool],
 ) -> tuple[Span, ...]:
     """Move one border, or two, by a unit as long as the ranks get more even. flops and params are running sums."""
 
@@ -71,7 +88,7 @@ def _balance_ranks(
 
     best, least = spans, badness(spans)
     while True:
-        found = [(badness(other), other) for other in _neighbours(best)]
+        found = [(badness(other), other) for other in _neighbours(best) if all(map(allowed, range(len(other)), other))]
         better = min((item for item in found if item[0] < least), default=None)
         if better is None:
             return best
@@ -95,17 +112,19 @@ def _neighbours(spans: tuple[Span, ...]) -> list[tuple[Span, ...]]:
     return sorted(found)
 
 
-def _min_max(num_units: int, num_stages: int, cost: Callable[[int, int], float]) -> tuple[Span, ...]:
-    """The spans that minimise the largest cost; of equals, the one that ends its last stages earliest."""
+def _min_max(num_units: int, num_stages: int, cost: Callable[[int, int, int], float]) -> tuple[Span, ...] | None:
+    """The spans with the least largest cost(stage, first, last); of equals, the one whose last stages end earliest."""
     best = [[float("inf")] * (num_units + 1) for _ in range(num_stages + 1)]
     cut = [[0] * (num_units + 1) for _ in range(num_stages + 1)]
     best[0][0] = 0.0
     for stages in range(1, num_stages + 1):
         for end in range(stages, num_units + 1):
             for start in range(stages - 1, end):
-                worst = max(best[stages - 1][start], cost(start, end))
+                worst = max(best[stages - 1][start], cost(stages - 1, start, end))
                 if worst < best[stages][end]:
                     best[stages][end], cut[stages][end] = worst, start
+    if best[num_stages][num_units] == float("inf"):
+        return None
     spans: list[Span] = []
     end = num_units
     for stages in range(num_stages, 0, -1):
@@ -133,14 +152,24 @@ def check_partition(spans: Sequence[Span], units: Sequence[Unit]) -> None:
         raise ScheduleError(f"the stages {list(spans)} are not units 0 to {len(units) - 1} exactly once")
 
 
-def stage_table(spans: Sequence[Span], units: Sequence[Unit], stage_to_rank: Sequence[int]) -> str:
-    """A line a stage: rank, units, parameters, share of the FLOPs."""
+def stage_table(
+    spans: Sequence[Span],
+    units: Sequence[Unit],
+    stage_to_rank: Sequence[int],
+    in_flight: Sequence[int] = (),
+    num_bytes: Sequence[float] = (),
+) -> str:
+    """A line a stage: rank, parameters, share of the FLOPs, microbatches in flight, predicted memory, units."""
     total = sum(unit.flops for unit in units) or 1.0
-    lines = ["stage  rank  params       FLOPs   units"]
+    extra = ("  in flight" if in_flight else "") + ("     memory" if num_bytes else "")
+    lines = [f"stage  rank       params  FLOPs{extra}  units"]
     for stage, (first, last) in enumerate(spans):
         inside = units[first:last]
         names = inside[0].name if len(inside) == 1 else f"{inside[0].name} .. {inside[-1].name}"
         share = sum(unit.flops for unit in inside) / total
         params = sum(unit.params for unit in inside)
-        lines.append(f"{stage:>5}  {stage_to_rank[stage]:>4}  {params:>11,}  {share:>5.1%}   {names}")
+        line = f"{stage:>5}  {stage_to_rank[stage]:>4}  {params:>11,}  {share:>5.1%}"
+        line += f"  {in_flight[stage]:>9}" if in_flight else ""
+        line += f"  {num_bytes[stage] / 1e6:>6,.0f} MB" if num_bytes else ""
+        lines.append(f"{line}  {names}")
     return "\n".join(lines)

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallax.config import ModelConfig
+from parallax.config_io import load
 from parallax.errors import ConfigError, ScheduleError
 from parallax.models.costs import unit_costs
 from parallax.pipeline.split import Unit, balanced_split, check_partition, split_from_layers, stage_table
+from parallax.stage_plan import plan_stages
 
 UNITS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=8).map(
     lambda pairs: [Unit(f"u{i}", float(flops), params) for i, (flops, params) in enumerate(pairs)]
@@ -79,6 +81,8 @@ def test_the_table_names_every_stage():
     lines = stage_table([(0, 2), (2, 3)], units, [1, 0]).splitlines()
     assert lines[1].split() == ["0", "1", "3,000", "75.0%", "embedding", "..", "layers.0"]
     assert lines[2].split() == ["1", "0", "500", "25.0%", "head"]
+    lines = stage_table([(0, 2), (2, 3)], units, [1, 0], [2, 1], [3e9, 1.2e6]).splitlines()
+    assert lines[1].split()[4:7] == ["2", "3,000", "MB"] and lines[2].split()[4:7] == ["1", "1", "MB"]
 
 
 @given(UNITS, st.integers(1, 4))
@@ -106,3 +110,43 @@ def test_the_default_model_in_a_v_on_two_ranks_is_even():
     spans = balanced_split(units, 4, [0, 1, 1, 0])
     layers = [sum(1 <= u <= 6 for u in range(*span)) for span in spans]
     assert layers[0] + layers[3] == layers[1] + layers[2] == 3
+
+
+@given(UNITS, st.integers(1, 4), st.integers(1, 120))
+@settings(max_examples=80)
+def test_the_memory_cap_is_kept_or_refused(units: list[Unit], num_stages: int, cap: int):
+    """Of the splits within the cap the fastest, against all of them."""
+    if num_stages > len(units):
+        return
+
+    def memory(stage: int, span: tuple[int, int]) -> int:
+        return sum(u.params for u in units[slice(*span)]) * (num_stages - stage)
+
+    fitting = [
+        split
+        for split in every_split(len(units), num_stages)
+        if all(memory(s, span) <= cap for s, span in enumerate(split))
+    ]
+    try:
+        spans = balanced_split(units, num_stages, allowed=lambda stage, span: memory(stage, span) <= cap)
+    except ConfigError:
+        assert not fitting
+        return
+    assert list(spans) in fitting
+
+    def slowest(split: object) -> float:
+        return max(sum(u.flops for u in units[slice(*span)]) for span in split)  # type: ignore[attr-defined]
+
+    assert slowest(spans) <= 1.05 * min(map(slowest, fitting))
+
+
+def test_early_stages_hold_more_and_a_cap_moves_layers_to_later_ones():
+    options = ["mesh=1x1x4", "model.layers=16", "model.hidden=64", "batch.num_microbatches=8", "batch.global_size=32"]
+    free = plan_stages(load(options))
+    most = max(free.stage_bytes)
+    assert free.stage_bytes[0] == most
+    capped = plan_stages(load([*options, f"pipeline.max_memory_bytes={round(most * 0.9)}"]))
+    assert max(capped.stage_bytes) <= most * 0.9 and capped.spans[0][1] < free.spans[0][1]
+    with pytest.raises(ConfigError, match="too small for any split into 4 stages"):
+        plan_stages(load([*options, f"pipeline.max_memory_bytes={round(most * 0.2)}"]))
+    assert "in flight" in free.describe() and " MB  " in free.describe()
