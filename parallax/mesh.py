@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +108,17 @@ class MeshShape:
 
     def rank_at(self, coords: Mapping[str, int]) -> int:
         """The rank at these coordinates; an axis not named counts as 0."""
+        _check_axes(coords)
         rank = 0
         for axis in RANK_AXES:
+            if not 0 <= coords.get(axis, 0) < self.axis_size(axis):
+                raise MeshError(f"{axis}={coords[axis]} is outside the mesh, whose {axis} is {self.axis_size(axis)}")
             rank = rank * self.axis_size(axis) + coords.get(axis, 0)
         return rank
 
     def peers(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axes`, in ascending order; `rank` is among them."""
+        _check_axes(axes)
         coords = self.coords(rank)
         free = [range(self.axis_size(a)) if a in axes else (coords[a],) for a in RANK_AXES]
         return tuple(self.rank_at(dict(zip(RANK_AXES, point, strict=True))) for point in itertools.product(*free))
@@ -134,6 +138,11 @@ class MeshShape:
             return f"{self.data}x{self.tensor}x{self.pipeline}"
         named = [f.name for f in fields(self) if self.axis_size(f.name) > 1]
         return "x".join(f"{a}{self.axis_size(a)}" for a in named)
+
+
+def _check_axes(names: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in RANK_AXES]:
+        raise MeshError(f"{unknown[0]!r} is no axis of ranks; those are {', '.join(RANK_AXES)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

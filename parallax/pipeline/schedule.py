@@ -37,7 +37,7 @@ COMPUTE = frozenset({Op.F, Op.B, Op.I, Op.W})
 SENDS = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}
 RECVS = {Op.RECV_F: Op.SEND_F, Op.RECV_B: Op.SEND_B}
 WHOLE_STAGE = frozenset({Op.UNSHARD, Op.RESHARD, Op.REDUCE_GRAD})
-_TEXT = re.compile(r"(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(\d*)")
+_TEXT = re.compile(r"(\d{1,9})(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(\d{0,9})")
 
 
 class Action(NamedTuple):
@@ -101,7 +101,7 @@ class Schedule:
     @property
     def lowered(self) -> bool:
         """Whether messages between ranks are spelled out."""
-        return not self.ops.isdisjoint(SENDS)
+        return not self.ops.isdisjoint(SENDS | RECVS)
 
     @property
     def trains(self) -> bool:

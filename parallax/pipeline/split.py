@@ -140,6 +140,8 @@ def split_from_layers(layers: Sequence[int], units: Sequence[Unit]) -> tuple[Spa
     """
     if sum(layers) != len(units) - 2:
         raise ConfigError(f"pipeline.split={list(layers)} sums to {sum(layers)}, the model has {len(units) - 2} layers")
+    if not layers or min(layers) < 0 or 0 in layers[1:-1]:
+        raise ConfigError(f"pipeline.split={list(layers)} leaves a stage empty; give each at least 1 layer")
     ends = [1 + end for end in accumulate(layers)]
     ends[-1] += 1
     return tuple(zip([0, *ends[:-1]], ends, strict=True))

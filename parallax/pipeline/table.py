@@ -73,8 +73,8 @@ def from_text(text: str, name: str) -> Schedule:
     microbatches = [a.microbatch for program in programs for a in program if a.microbatch is not None]
     if not microbatches:
         raise ScheduleError(f"{name} has no action; write one row a rank, as in 0F0,0F1,0B0,0B1")
-    if missing := set(range(max(places) + 1)) - set(places):
-        raise ScheduleError(f"{name} has no row with stage {min(missing)}; stages are 0 to {max(places)}")
+    if missing := [number for number, stage in enumerate(sorted(places)) if number != stage]:
+        raise ScheduleError(f"{name} has no row with stage {missing[0]}; stages are 0 to {max(places)}")
     stage_to_rank = tuple(places[stage] for stage in range(len(places)))
     schedule = Schedule(Path(name).stem, max(microbatches) + 1, stage_to_rank, tuple(programs))
     try:

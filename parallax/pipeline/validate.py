@@ -33,6 +33,8 @@ def validate(schedule: Schedule, *, wire: Wire = Wire.TAGGED) -> None:
     _check_places(schedule)
     _check_complete(schedule)
     _check_order(schedule)
+    if not schedule.ops.isdisjoint(WHOLE_STAGE):
+        _check_stage_actions(schedule)
     if schedule.lowered:
         _check_messages(schedule)
     if wire is Wire.ORDERED:
@@ -45,6 +47,8 @@ def _where(rank: int, column: int, action: Action) -> str:
 
 
 def _check_places(schedule: Schedule) -> None:
+    if schedule.num_microbatches < 1:
+        raise ScheduleError(f"{schedule.name}: a schedule needs at least 1 microbatch")
     if bad := [r for r in schedule.stage_to_rank if not 0 <= r < schedule.num_ranks]:
         raise ScheduleError(f"{schedule.name}: a stage is on rank {bad[0]}, there are {schedule.num_ranks} programs")
     seen: dict[Action, tuple[int, int]] = {}
@@ -94,6 +98,24 @@ def _check_order(schedule: Schedule) -> None:
                 f"{schedule.name}: stage {stage} accumulates gradients in the order {order}; they must come in "
                 "microbatch order, which is what makes schedules equal bit for bit"
             )
+
+
+def _check_stage_actions(schedule: Schedule) -> None:
+    """A table that has any of them has them all: parameters there before their first use, gradients reduced after the
+    last, and only then let go. Left out, a reduction is a wrong gradient without a word."""
+    for stage, rank in enumerate(schedule.stage_to_rank):
+        program = [(column, a.op) for column, a in enumerate(schedule.programs[rank]) if a.stage == stage]
+        uses = [column for column, op in program if op in COMPUTE]
+        at = {op: [column for column, other in program if other == op] for op in WHOLE_STAGE}
+        where = f"{schedule.name}: stage {stage} (rank {rank})"
+        if not at[Op.UNSHARD] or at[Op.UNSHARD][0] > uses[0]:
+            raise ScheduleError(f"{where} is used in column {uses[0]} before its UNSHARD")
+        if not at[Op.RESHARD] or at[Op.RESHARD][-1] < uses[-1]:
+            raise ScheduleError(f"{where} has no RESHARD after its last use in column {uses[-1]}")
+        if schedule.trains and (not at[Op.REDUCE_GRAD] or at[Op.REDUCE_GRAD][0] < uses[-1]):
+            raise ScheduleError(f"{where} has no REDUCE_GRAD after its last gradient in column {uses[-1]}")
+        if schedule.trains and at[Op.REDUCE_GRAD][0] > at[Op.RESHARD][-1]:
+            raise ScheduleError(f"{where}: REDUCE_GRAD comes after the last RESHARD, in column {at[Op.RESHARD][-1]}")
 
 
 def _check_messages(schedule: Schedule) -> None:

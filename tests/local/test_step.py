@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from parallax.batches import IGNORE
+from parallax.errors import MeshError
 from parallax.mesh import init_mesh
 from parallax.models.costs import unit_activations, unit_costs
 from parallax.step import clip_gradients, evaluate, train_step
@@ -204,3 +205,8 @@ def test_a_mesh_of_one_needs_no_process_group():
     mesh = init_mesh("1x1x1", device_type="cpu")
     assert not torch.distributed.is_initialized()
     assert all(axis.group is None for axis in mesh.axes)
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(MeshError, match="device=gpu is unknown"):
+        init_mesh("1x1x1", device_type="gpu")

@@ -11,6 +11,7 @@ from parallax.mesh import MeshShape, init_mesh
 
 SIZES = st.integers(1, 4)
 SHAPES = st.builds(MeshShape, pipeline=SIZES, data=SIZES, context=SIZES, tensor=SIZES)
+NAMES = {"data": "dp", "tensor": "tp", "pipeline": "pp", "context": "cp"}
 
 
 @pytest.mark.parametrize(
@@ -34,17 +35,17 @@ def test_both_forms_are_read(text: str, shape: MeshShape):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("2x2", "has 2 sizes; write three"),
-        ("2x2x2x2", "has 4 sizes"),
-        ("0x1x1", "axis data has size 0"),
-        ("2x-1x1", "axis tensor has size -1"),
-        ("model2", "'model2' is not an axis"),
-        ("data2xdata2", "names data twice"),
-        ("dp2xdata2", "names data twice"),
-        ("2.5x1x1", "is not an axis with its size"),
-        ("", "is not an axis with its size"),
-        ("data", "is not an axis with its size"),
-        ("data2xexpert3", "expert=3 does not divide data x context = 2"),
+        ("2x2", r"has 2 sizes; write three, data x tensor x pipeline \(mesh=2x2x2\), or name them"),
+        ("2x2x2x2", "has 4 sizes; write three"),
+        ("0x1x1", "axis data has size 0; every size is an integer of at least 1"),
+        ("2x-1x1", "axis tensor has size -1; every size is an integer of at least 1"),
+        ("model2", "'model2' is not an axis.*the axes are data, tensor, pipeline, context, expert"),
+        ("data2xdata2", "names data twice; give each axis once"),
+        ("dp2xdata2", "names data twice; give each axis once"),
+        ("2.5x1x1", "is not an axis with its size; the axes are .* as in mesh=data2xtensor4xpipeline2"),
+        ("", "is not an axis with its size; the axes are"),
+        ("data", "is not an axis with its size; the axes are"),
+        ("data2xexpert3", "expert=3 does not divide data x context = 2; .* choose a divisor"),
     ],
 )
 def test_what_is_no_mesh_gets_the_fix(text: str, message: str):
@@ -65,6 +66,7 @@ def test_sizes_are_integers():
         # (pipeline, data, tensor) of rank 0, 1, 2, ...
         ("3x2x1", [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1)]),
         ("1x2x3", [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1), (2, 0, 0), (2, 0, 1)]),
+        ("1x2x4", [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1), (2, 0, 0), (2, 0, 1), (3, 0, 0), (3, 0, 1)]),
         ("2x1x3", [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 0)]),
     ],
 )
@@ -102,6 +104,14 @@ def test_groups_partition_the_ranks(shape: MeshShape, axes: set[str]):
         assert all(len({shape.coords(rank)[a] for rank in group}) == 1 for a in fixed)
 
 
+@given(st.permutations(list(NAMES)), st.lists(st.tuples(SIZES, st.booleans()), max_size=4))
+def test_the_named_form_is_read_in_any_order_and_subset(order: list[str], chosen: list[tuple[int, bool]]):
+    named = list(zip(order, chosen, strict=False))
+    text = "x".join(f"{NAMES[axis] if short else axis}{size}" for axis, (size, short) in named)
+    if named:
+        assert MeshShape.parse(text) == MeshShape(**{axis: size for axis, (size, _) in named})
+
+
 @given(SHAPES)
 def test_text_reads_back(shape: MeshShape):
     assert MeshShape.parse(str(shape)) == shape
@@ -122,7 +132,9 @@ def test_it_is_described_with_names():
     ("mesh", "world", "message"),
     [
         ("2x2x4", 8, "mesh=2x2x4 needs 16 ranks, torchrun started 8; start 16 .* or choose sizes that multiply to 8"),
-        ("2x1x1", 1, "needs 2 ranks, there is 1"),
+        ("2x1x1", 1, "needs 2 ranks, there is 1; start 2"),
+        ("2x1x1", 3, "needs 2 ranks, torchrun started 3; start 2 .* or choose sizes that multiply to 3"),
+        ("1x1x1", 2, "needs 1 ranks, torchrun started 2"),
         ("cp2", 2, "context=2 is not supported yet"),
         ("data2xexpert2", 2, "expert=2 is not supported yet"),
     ],
@@ -132,6 +144,13 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_rendezvous(mesh: str, wo
         init_mesh(mesh, device_type="cpu", rank=0, world_size=world)
 
 
-def test_an_unknown_device_is_refused():
-    with pytest.raises(MeshError, match="device=gpu is unknown"):
-        init_mesh("1x1x1", device_type="gpu")
+def test_axes_and_coordinates_that_are_not_there_are_refused():
+    shape = MeshShape.parse("2x2x1")
+    for call, message in [
+        (lambda: shape.peers(0, "dta"), "'dta' is no axis of ranks; those are pipeline, data, context, tensor"),
+        (lambda: shape.groups("dp"), "'dp' is no axis"),
+        (lambda: shape.rank_at({"data": 5}), "data=5 is outside the mesh, whose data is 2"),
+        (lambda: shape.rank_at({"model": 0}), "'model' is no axis"),
+    ]:
+        with pytest.raises(MeshError, match=message):
+            call()

@@ -8,7 +8,7 @@ import pytest
 
 from parallax.errors import ScheduleError
 from parallax.pipeline.lower import lower
-from parallax.pipeline.schedule import COMPUTE, Action, Op, Schedule
+from parallax.pipeline.schedule import COMPUTE, WHOLE_STAGE, Action, Op, Schedule
 from parallax.pipeline.schedules import (
     SCHEDULES,
     forward_only,
@@ -62,8 +62,6 @@ def test_the_table_that_runs_takes_as_long_as_the_one_that_is_drawn(name: str):
 @pytest.mark.parametrize(("forward", "backward"), [(1.0, 2.0), (1.0, 1.0), (3.0, 1.0)])
 def test_makespan_and_bubble_of_the_papers(make: Callable[..., Schedule], forward: float, backward: float):
     for p, m in SIZES:
-        if make is one_f_one_b and m < p and forward > backward:
-            continue  # the law is of full pipelines
         timeline = simulate(make(p, m), Cost(forward, backward / 2, backward / 2))
         assert timeline.makespan == pytest.approx((m + p - 1) * (forward + backward))
         assert timeline.bubble == pytest.approx((p - 1) / (m + p - 1))
@@ -111,6 +109,15 @@ def test_lowering_adds_the_messages_and_nothing_else(name: str):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+def test_a_stage_is_gathered_before_its_first_use_and_reduced_after_its_last(name: str):
+    lowered = lower(SCHEDULES[name](3, 5))
+    for stage, rank in enumerate(lowered.stage_to_rank):
+        ops = [a.op for a in lowered.programs[rank] if a.stage == stage and a.op in (*COMPUTE, *WHOLE_STAGE)]
+        assert ops[0] == Op.UNSHARD and ops[-2:] == [Op.REDUCE_GRAD, Op.RESHARD]
+        assert set(ops[1:-2]) <= COMPUTE
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_evaluation_has_the_forwards_alone(name: str):
     schedule = forward_only(SCHEDULES[name](4, 6))
     lowered = lower(schedule)
@@ -144,17 +151,28 @@ def test_zb_h1_has_a_third_of_the_bubble_in_the_memory_of_1f1b():
         for forward, backward, weight in [(1, 1, 1), (2, 2, 2)]:
             timeline = simulate(zb_h1(p, m), Cost(forward, backward, weight))
             assert timeline.makespan == m * (forward + backward + weight) + (p - 1) * (forward + backward - weight)
-        assert (
-            max(simulate(zb_h1(p, m), Cost()).in_flight)
-            == min(p, m)
-            == simulate(one_f_one_b(p, m), Cost()).in_flight[0]
-        )
+        assert simulate(zb_h1(p, m), Cost()).in_flight == (min(p, m),) * p
+        assert simulate(one_f_one_b(p, m), Cost()).in_flight[0] == min(p, m)
+
+
+def test_what_is_held_between_i_and_w_is_counted():
+    assert simulate(zb_h1(4, 9), Cost()).held == (1, 2, 3, 4)
+    assert simulate(zb_h2(4, 9), Cost()).held == (1, 3, 5, 7)
+    assert simulate(one_f_one_b(4, 9), Cost()).held == (0, 0, 0, 0)
+
+
+def test_a_message_costs_its_latency_once_a_hop():
+    """gpipe's first microbatch goes down p - 1 hops and its last gradient comes up as many."""
+    for p, m in SIZES:
+        for table in (gpipe(p, m), lower(gpipe(p, m))):
+            timeline = simulate(table, Cost(send_s=0.25))
+            assert timeline.makespan == (m + p - 1) * 3 + 2 * (p - 1) * 0.25
 
 
 def test_zb_h2_has_no_bubble_inside_a_rank():
     for p, m in SIZES:
         timeline = simulate(zb_h2(p, m), Cost())
-        assert max(timeline.in_flight) == min(2 * p - 1, m)
+        assert timeline.in_flight == (min(2 * p - 1, m),) * p
         if m >= 2 * p - 1:
             assert timeline.makespan == 3 * m + p - 1 and timeline.inner_bubble == 0
 
@@ -253,6 +271,30 @@ def test_a_send_before_what_it_sends_is_a_deadlock_that_is_named():
     broken = changed(lower(one_f_one_b(3, 4)), 1, lambda p: swap(p, "1SEND_F0", "1F0"))
     with pytest.raises(ScheduleError, match=r"rank 1, column \d+ \(1SEND_F0\) waits for 1F0"):
         validate(broken)
+
+
+def test_a_reduction_before_the_last_gradient_is_refused():
+    broken = changed(lower(one_f_one_b(3, 4)), 1, lambda p: swap(p, "1REDUCE_GRAD", "1B3"))
+    with pytest.raises(ScheduleError, match=r"stage 1 \(rank 1\) has no REDUCE_GRAD after its last gradient in column 25"):
+        validate(broken)
+
+
+def test_a_weight_gradient_before_its_input_gradient_is_refused():
+    broken = changed(zb_h1(3, 4), 0, lambda p: swap(p, "0I0", "0W0"))
+    with pytest.raises(ScheduleError, match=r"rank 0, column \d+ \(0W0\) waits for 0I0"):
+        validate(broken)
+
+
+@pytest.mark.parametrize("wire", Wire)
+def test_a_receive_that_is_posted_does_not_hide_that_nothing_was_sent(wire: Wire):
+    """Rank 0 waits for a gradient of what it has not sent yet; both RECVs are posted all along."""
+
+    def late_send(program: list[Action]) -> None:
+        program.append(program.pop(program.index(at("0SEND_F0"))))
+
+    broken = changed(lower(one_f_one_b(2, 1)), 0, late_send)
+    with pytest.raises(ScheduleError, match=r"\(0B0\) waits for 1SEND_B0; rank 1, .* \(1F0\) waits for 0SEND_F0"):
+        validate(broken, wire=wire)
 
 
 def test_two_ranks_that_wait_for_each_other_are_both_named():

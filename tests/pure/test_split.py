@@ -64,6 +64,9 @@ def test_the_user_s_split_counts_layers():
     assert split_from_layers([0, 7, 0], units) == ((0, 1), (1, 8), (8, 9))
     with pytest.raises(ConfigError, match=r"sums to 6, the model has 7 layers"):
         split_from_layers([3, 3], units)
+    for empty in ([3, 0, 4], [-1, 8]):
+        with pytest.raises(ConfigError, match="leaves a stage empty"):
+            split_from_layers(empty, units)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,13 @@ def test_the_user_s_split_counts_layers():
 def test_a_split_that_is_not_the_model_once_is_refused(spans: list[tuple[int, int]]):
     with pytest.raises(ScheduleError, match="exactly once"):
         check_partition(spans, [Unit(str(i), 1.0, 1) for i in range(4)])
+
+
+def test_more_stages_than_units_is_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match="5 pipeline stages cannot share 4 units .* use pipeline of at most 4"):
+        balanced_split([Unit(str(i), 1.0, 1) for i in range(4)], 5)
+    with pytest.raises(ConfigError, match="0 pipeline stages"):
+        balanced_split([Unit("head", 1.0, 1)], 0)
 
 
 def test_the_table_names_every_stage():

@@ -52,6 +52,12 @@ def test_blank_cells_and_lines_are_idle_time():
         ("0F0,0F0,0B0\n1F0,1B0", r"row 0, column 1 \(0F0\) is there twice, first at row 0, column 0"),
         ("0B0,0F0\n1F0,1B0", r"row 0, column 0 \(0B0\) waits for 0F0"),
         ("0F0,0F1,0B1,0B0\n1F0,1F1,1B0,1B1", "stage 0 accumulates gradients in the order"),
+        ("0F0,0B0,999999999F0", "no row with stage 1; stages are 0 to 999999999"),
+        ("0F0,0B0,9999999999F0", "'9999999999F0' is no action"),
+        ("0UNSHARD,0F0,0F1,0B0,0B1,0RESHARD", r"stage 0 \(rank 0\) has no REDUCE_GRAD after its last gradient"),
+        ("0F0,0UNSHARD,0B0,0REDUCE_GRAD,0RESHARD", "used in column 0 before its UNSHARD"),
+        ("0UNSHARD,0F0,0RESHARD,0B0,0REDUCE_GRAD", "no RESHARD after its last use in column 3"),
+        ("0F0,0B0,0RECV_B0\n1F0,1B0", "0RECV_B0.* has no 1SEND_B0 to meet it"),
         ("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0", "0RECV_B0.* has no 1SEND_B0 to meet it"),
     ],
 )
