@@ -275,7 +275,9 @@ def test_a_send_before_what_it_sends_is_a_deadlock_that_is_named():
 
 def test_a_reduction_before_the_last_gradient_is_refused():
     broken = changed(lower(one_f_one_b(3, 4)), 1, lambda p: swap(p, "1REDUCE_GRAD", "1B3"))
-    with pytest.raises(ScheduleError, match=r"stage 1 \(rank 1\) has no REDUCE_GRAD after its last gradient in column 25"):
+    with pytest.raises(
+        ScheduleError, match=r"stage 1 \(rank 1\) has no REDUCE_GRAD after its last gradient in column 25"
+    ):
         validate(broken)
 
 
