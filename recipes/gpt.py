@@ -45,7 +45,7 @@ def main() -> None:
     metrics.say(corpus.describe())
     metrics.say(run.describe())
     if resumed := checkpoints.resume(state):
-        metrics.say(f"resumed from {resumed} at step {state.step}")
+        metrics.say(f"resumed from {resumed} at step {state.step} of {config.steps}")
 
     # This rank's part of each global batch; which samples those are depends on (seed, step) alone.
     part: dict[str, Any] = {
@@ -57,7 +57,7 @@ def main() -> None:
     }
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **part)
     metrics.resume()
-    for batch in itertools.islice(batches, config.steps - state.step):
+    for batch in itertools.islice(batches, max(0, config.steps - state.step)):
         with traced(run, output, step=state.step + 1) as told:
             result = train_step(run, state, batch)
         metrics.lap()

@@ -42,6 +42,7 @@ SEQUENCE_PARALLEL = {"tensor.sequence_parallel": "true"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2-tied": GPT2 | TIED,
     "gpt2-dropout-sp": GPT2 | SEQUENCE_PARALLEL | {"model.dropout": 0.2},
+    "gpt2-tied-dropout": GPT2 | TIED | {"model.dropout": 0.2},
     "gpt2-dropout": GPT2 | {"model.dropout": 0.2},
     "llama": LLAMA,
     "llama-tied-sp": LLAMA | TIED | SEQUENCE_PARALLEL,

@@ -21,6 +21,9 @@ from tests.cases import (
 
 MESHES = ["2x2x2", "4x2x1", "4x1x2", "2x1x4", "1x8x1", "1x2x4", "2x4x1", "1x4x2", "1x1x8", "3x2x1", "1x3x2"]
 BOUND = 1e-10
+# Each shape with sequence parallelism and without, tied and untied; a prime vocabulary, layers that no stage count
+# divides, another share of ignored targets in every sample.
+PARITY = {name: VARIANTS[name] for name in ("gpt2-tied-dropout", "gpt2-dropout-sp", "llama-padded", "llama-tied-sp")}
 
 
 @functools.cache
@@ -33,7 +36,7 @@ def reference(name: str, kv_heads: int | None) -> list[Any]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_any_mesh_trains_as_one_rank(ranks, mesh: str):
     data, tensor, pipeline = map(int, mesh.split("x"))
-    variants = {name: fit_kv_heads(changes, tensor) for name, changes in VARIANTS.items()}
+    variants = {name: fit_kv_heads(changes, tensor) for name, changes in PARITY.items()}
     every = ranks(data * tensor * pipeline, train_all, mesh, variants)
     assert all(rows == every[0] for rows in every), "the ranks do not agree bit for bit"
     differences = {
@@ -59,7 +62,7 @@ def initial(mesh: str, changes: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("mesh", ["1x2x1", "2x2x2", "1x3x2", "1x8x1", "1x1x4"])
-@pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "llama-padded"])
+@pytest.mark.parametrize("variant", ["gpt2-tied", "llama-padded"])
 def test_initial_weights_do_not_know_the_mesh(ranks, mesh: str, variant: str):
     size = math.prod(map(int, mesh.split("x")))
     changes = fit_kv_heads(VARIANTS[variant], int(mesh.split("x")[1]))

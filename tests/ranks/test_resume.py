@@ -48,12 +48,12 @@ def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
             assert values.equal(right[kind][name]), f"{kind}/{name}"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_three_and_three_steps_are_six_bit_for_bit(ranks, tmp_path: Path, dtype: str):
-    changes = WHAT | {"dtype": dtype}
-    straight = ranks(8, go, "2x2x2", changes, str(tmp_path / "a"), 6)
-    first = ranks(8, go, "2x2x2", changes, str(tmp_path / "b"), 3)
-    second = ranks(8, go, "2x2x2", changes, str(tmp_path / "b"), 3, "auto")
+@pytest.mark.parametrize(("dtype", "mesh"), [("float32", "2x2x2"), ("bfloat16", "1x2x1")])
+def test_three_and_three_steps_are_six_bit_for_bit(ranks, tmp_path: Path, dtype: str, mesh: str):
+    changes, size = WHAT | {"dtype": dtype}, size_of(mesh)
+    straight = ranks(size, go, mesh, changes, str(tmp_path / "a"), 6)
+    first = ranks(size, go, mesh, changes, str(tmp_path / "b"), 3)
+    second = ranks(size, go, mesh, changes, str(tmp_path / "b"), 3, "auto")
     assert first[0]["rows"] + second[0]["rows"] == straight[0]["rows"]
     assert second[0]["begun"] == (3, first[0]["tokens"]) and second[0]["tokens"] == straight[0]["tokens"]
     assert_equal(whole(first, "after"), whole(second, "before"))
@@ -62,13 +62,17 @@ def test_three_and_three_steps_are_six_bit_for_bit(ranks, tmp_path: Path, dtype:
     assert names == ["step-00000003", "step-00000006"]
 
 
-@pytest.mark.parametrize("changes", [WHAT, OTHER], ids=["gpt2-tied-sp-dropout", "llama-gqa"])
-def test_another_mesh_takes_up_the_same_run(ranks, tmp_path: Path, changes: dict[str, Any]):
+@pytest.mark.parametrize(
+    ("changes", "meshes"),
+    [(WHAT, ["1x1x1", "4x2x1", "1x4x2"]), (OTHER, ["1x4x1"])],
+    ids=["gpt2-tied-sp-dropout", "llama-gqa"],
+)
+def test_another_mesh_takes_up_the_same_run(ranks, tmp_path: Path, changes: dict[str, Any], meshes: list[str]):
     """Saved by 2x2x2, loaded by three others; saved by those, loaded by 2x2x2."""
     alone = ranks(1, go, "1x1x1", changes, str(tmp_path / "alone"), 6)[0]["rows"]
     saved = ranks(8, go, "2x2x2", changes, str(tmp_path / "from"), 3)
     path = str(tmp_path / "from/checkpoints/step-00000003")
-    for mesh in ("1x1x1", "4x2x1", "1x4x2"):
+    for mesh in meshes:
         output = str(tmp_path / mesh)
         loaded = ranks(size_of(mesh), go, mesh, changes, output, 1, path)
         assert_equal(whole(saved, "after"), whole(loaded, "before"))
@@ -130,7 +134,7 @@ def test_replicas_are_written_once(ranks, tmp_path: Path):
     """Parameters and two moments in float64: no mesh writes a byte more."""
     sizes = {
         mesh: max(ranks(size_of(mesh), written, mesh, OTHER, str(tmp_path / mesh)))
-        for mesh in ("1x1x1", "4x1x1", "2x4x1", "1x1x3")
+        for mesh in ("1x1x1", "2x2x1", "1x1x3")
     }
     assert set(sizes.values()) == {3 * 8 * num_parameters()}
 

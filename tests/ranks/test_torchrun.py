@@ -65,7 +65,7 @@ def test_python_and_torchrun_train_the_same_model_and_resume_each_other(tmp_path
         2, *options, "output=mesh", "steps=4", "optimizer.decay_steps=4", "mesh=2x1x1", "resume=auto", cwd=tmp_path
     )
     assert on.returncode == 0, on.stderr
-    assert re.search(r"resumed from mesh/checkpoints/step-00000002 at step 2", on.stdout)
+    assert re.search(r"resumed from mesh/checkpoints/step-00000002 at step 2 of 4", on.stdout)
     ours, theirs = rows(tmp_path / "mesh"), rows(tmp_path / "alone")
     assert [row["step"] for row in ours] == [1, 2, 3, 4]
     for row, other in zip(ours, theirs, strict=True):
@@ -73,6 +73,9 @@ def test_python_and_torchrun_train_the_same_model_and_resume_each_other(tmp_path
         for key in ("loss", "grad_norm"):
             assert row[key] == pytest.approx(other[key], rel=1e-10)
     assert (tmp_path / "mesh/config.yaml").read_text().startswith("# mesh data=2")
+    # A run that is finished has nothing to do, and says so.
+    done = run(1, *options, "output=mesh", "steps=3", "optimizer.decay_steps=4", "resume=auto", cwd=tmp_path)
+    assert done.returncode == 0 and "at step 4 of 3" in done.stdout and len(rows(tmp_path / "mesh")) == 4
     again = run(1, *options, "output=mesh", "steps=4", cwd=tmp_path)
     assert again.returncode == 2 and "already holds mesh/checkpoints/step-00000004" in again.stderr
 
