@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallax.rng import derive_key, fill_normal, keep_mask
+from parallax.rng import _mix, _mix32, derive_key, fill_normal, keep_mask
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 600)),
@@ -120,3 +120,15 @@ def test_every_bit_of_the_key_changes_the_mask(bit: int):
     rows, key = torch.arange(500), derive_key("k")
     one, other = (keep_mask(rows, 400, k, 0.5).double() - 0.5 for k in (key, key ^ (1 << bit)))
     assert abs((4 * one * other).mean()) < 4.5 / one.numel() ** 0.5
+
+
+def test_the_mask_stays_the_one_it_was():
+    """A change of the scheme would change every run with dropout: it must be noticed."""
+    mask = keep_mask(torch.arange(100) + 2**33, 64, derive_key("pin"), 0.25)
+    assert int(mask.sum()) == 4803
+    assert int((mask.long() * torch.arange(6400).view(100, 64)).sum() % 1000003) == 418725
+
+
+def test_both_widths_of_the_mixer_are_the_same_numbers():
+    x = torch.cat([torch.randint(0, 2**32, (5000,)), torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1])])
+    assert torch.equal(_mix32(x.to(torch.int32)).long() & 0xFFFFFFFF, _mix(x.clone()))
