@@ -132,11 +132,17 @@ BUGS = [
 ]
 
 
+honest: dict[Any, Any] = {}
+"""By case: what one rank says, once the mesh without a bug has been seen to say the same."""
+
+
 @pytest.mark.parametrize(("bug", "mesh", "changes"), BUGS, ids=[bug.__name__ for bug, _, _ in BUGS])
 def test_a_planted_bug_is_seen(ranks, bug: Any, mesh: str, changes: dict[str, Any]):
     changes = GPT2 | changes
-    alone = train("1x1x1", changes, 2)
-    honest = ranks(2, train, mesh, changes, 2)[0]
-    assert worst(honest, alone) <= 1e-10
+    case = (mesh, *sorted(changes.items()))
+    if case not in honest:
+        honest[case] = train("1x1x1", changes, 2)
+        assert worst(ranks(2, train, mesh, changes, 2)[0], honest[case]) <= 1e-10
+    alone = honest[case]
     rows = ranks(2, plant, bug, mesh, changes)
     assert max(worst(r, alone) for r in rows) > LOUD

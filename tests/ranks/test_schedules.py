@@ -32,13 +32,13 @@ COMPOSED = {
 
 
 def train_each(mesh: str, names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
-    return {name: train(mesh, changes | {"pipeline.schedule": name}) for name in names}
+    return {name: train(mesh, changes | {"pipeline.schedule": name}, 2) for name in names}
 
 
 @pytest.mark.parametrize(("variant", "names"), [("gpt2", list(SCHEDULES)), ("llama", ["interleaved", "zb-v"])])
 def test_every_schedule_composes_with_every_axis(ranks, variant: str, names: list[str]):
-    """Float64, four steps and a validation, on data x tensor x pipeline ranks: loss and norm of one rank."""
-    alone = train("1x1x1", COMPOSED[variant])
+    """Float64, two steps and a validation, on data x tensor x pipeline ranks: loss and norm of one rank."""
+    alone = train("1x1x1", COMPOSED[variant], 2)
     for rows in ranks(8, train_each, "2x2x2", names, COMPOSED[variant]):
         differences = {name: worst(rows[name], alone) for name in names}
         assert max(differences.values()) <= 1e-10, differences
@@ -114,7 +114,7 @@ def jittered(schedule: str, seed: int, changes: dict[str, Any]) -> Any:
 JITTERED = LLAMA | {"dtype": "float32", "batch.num_microbatches": 6, "model.layers": 6}
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+@pytest.mark.parametrize("schedule", ["zb-v"])
 def test_random_delays_change_nothing_and_hang_nobody(ranks, schedule: str):
     every = ranks(8, jittered, schedule, 0, JITTERED, timeout_s=60)
     assert all(rows == every[0] for rows in every)
