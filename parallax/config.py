@@ -312,10 +312,12 @@ def _schedule(config: Config) -> str | None:
 
     pipeline = config.pipeline
     if pipeline.schedule == "auto":
-        for name, value in (("split", pipeline.split), ("stages_per_rank", pipeline.stages_per_rank)):
-            if value is not None:
-                return f"pipeline.schedule=auto chooses pipeline.{name} itself; leave pipeline.{name} out"
+        for name in ("split", "stages_per_rank", "max_memory_bytes"):
+            if getattr(pipeline, name) is not None:
+                return f"pipeline.schedule=auto takes no pipeline.{name}; leave it out, or name a schedule"
         return None
+    if pipeline.split is not None and pipeline.max_memory_bytes is not None:
+        return "pipeline.split is given, so pipeline.max_memory_bytes has nothing to choose; leave one of them out"
     if pipeline.memory_cap is not None:
         return f"pipeline.memory_cap is for pipeline.schedule=auto, not {pipeline.schedule}; leave it out, or take auto"
     if _batch(config):
@@ -368,6 +370,7 @@ _RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh model.layers pipeline.split pipeline.schedule pipeline.stages_per_rank", _split),
     (
         "mesh pipeline.schedule pipeline.stages_per_rank pipeline.memory_cap pipeline.split "
+        "pipeline.max_memory_bytes "
         "batch.global_size batch.microbatch_size batch.num_microbatches",
         _schedule,
     ),

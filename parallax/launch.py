@@ -15,7 +15,10 @@ from parallax.errors import GRACE_S, ParallaxError, report
 
 __all__ = ["entrypoint"]
 
-PEER_IS_GONE = re.compile("Connection (reset|closed) by peer|Connection refused|Broken pipe|remote process exited")
+PEER_IS_GONE = re.compile(
+    r"gloo.*(Connection (reset|closed) by peer|Broken pipe)|NCCL.*remote process exited", re.DOTALL
+)
+"""What a collective says when the rank at its other end has died; any other lost connection is an error of its own."""
 
 
 def entrypoint(main: Callable[[], None]) -> None:
@@ -49,7 +52,8 @@ def _labelled(main: Callable[[], None]) -> Callable[[], None]:
             me = f"[rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}]"
             if PEER_IS_GONE.search(str(error)):
                 # Not the cause: let the launcher see the rank that is, and end this one, before it reports a second.
-                print(f"{me} stops: another rank is gone", file=sys.stderr, flush=True)
+                reason = str(error).splitlines()[0]
+                print(f"{me} stops, since another rank is gone: {reason}", file=sys.stderr, flush=True)
                 time.sleep(GRACE_S)
             else:
                 print(f"{me} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

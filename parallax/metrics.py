@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,10 +102,6 @@ class Metrics:
         """One message from one rank."""
         if self.speaks:
             print(text, file=self._stream or sys.stdout, flush=True)
-
-    def say_all(self, texts: Sequence[str]) -> None:
-        for text in texts:
-            self.say(text)
 
     def lap(self) -> None:
         """The step is done; what comes before `record` (validation) is not part of its time."""

@@ -61,7 +61,8 @@ def main() -> None:
         with traced(run, output, step=state.step + 1) as told:
             result = train_step(run, state, batch)
         metrics.lap()
-        metrics.say_all(told)
+        for line in told:
+            metrics.say(line)
         last = state.step == config.steps
         extra = {}
         if config.validation.every and (state.step % config.validation.every == 0 or last):

@@ -9,7 +9,7 @@ tests/pure/test_schedules.py.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
 
@@ -17,7 +17,17 @@ from parallax.errors import ScheduleError
 from parallax.pipeline.schedule import Action, Op, Schedule
 from parallax.pipeline.v_schedules import dualpipe_v, v_half, v_min, zb_v
 
-__all__ = ["SCHEDULES", "forward_only", "gpipe", "interleaved", "make_schedule", "one_f_one_b", "zb_h1", "zb_h2"]
+__all__ = [
+    "SCHEDULES",
+    "forward_only",
+    "gpipe",
+    "interleaved",
+    "make_schedule",
+    "one_f_one_b",
+    "split_backward",
+    "zb_h1",
+    "zb_h2",
+]
 
 Programs = list[list[Action]]
 
@@ -80,6 +90,24 @@ def interleaved(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2)
     return Schedule("interleaved", num_microbatches, places, tuple(programs))
 
 
+def split_backward(schedule: Schedule, name: str, delays: Sequence[int]) -> Schedule:
+    """Another schedule with every B cut into I and W, rank r's W following delays[r] backwards after its I."""
+    programs = []
+    for program, delay in zip(schedule.programs, delays, strict=True):
+        out: list[Action] = []
+        owed: list[Action] = []
+        for action in program:
+            if action.op != Op.B:
+                out.append(action)
+                continue
+            out.append(action._replace(op=Op.I))
+            owed.append(action._replace(op=Op.W))
+            if len(owed) > delay:
+                out.append(owed.pop(0))
+        programs.append((*out, *owed))
+    return Schedule(name, schedule.num_microbatches, schedule.stage_to_rank, tuple(programs))
+
+
 def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     """1F1B with the backward split; rank r does W r microbatches after I, so that I is never kept waiting
     (arXiv:2401.10241, ZB-H1).
@@ -87,19 +115,8 @@ def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     For m >= p at equal times: makespan m(tF + tI + tW) + (p - 1)(tF + tI - tW). In flight on every rank: min(p, m), as
     on 1F1B's first.
     """
-    programs = []
-    for rank in range(num_ranks):
-        warmup = min(num_ranks - 1 - rank, num_microbatches)
-        program = [Action(rank, Op.F, i) for i in range(warmup)]
-        for index in range(num_microbatches):
-            if warmup + index < num_microbatches:
-                program.append(Action(rank, Op.F, warmup + index))
-            program.append(Action(rank, Op.I, index))
-            if index >= rank:
-                program.append(Action(rank, Op.W, index - rank))
-        program += [Action(rank, Op.W, i) for i in range(max(0, num_microbatches - rank), num_microbatches)]
-        programs.append(program)
-    return _one_stage_a_rank("zb-h1", num_microbatches, programs)
+    base = one_f_one_b(num_ranks, num_microbatches)
+    return split_backward(base, "zb-h1", delays=range(num_ranks))
 
 
 def zb_h2(num_ranks: int, num_microbatches: int) -> Schedule:

@@ -20,7 +20,7 @@ from parallax.params import collect, materialize
 from parallax.pipeline.executor import Executor, run_together
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Action, Op, Schedule
-from parallax.pipeline.schedules import one_f_one_b
+from parallax.pipeline.schedules import one_f_one_b, split_backward
 from parallax.pipeline.split import Unit
 from parallax.pipeline.transport import LocalTransport
 from parallax.stage_plan import split_units
@@ -112,23 +112,10 @@ class LocalPipeline:
         }
 
 
-def split_backward(num_ranks: int, num_microbatches: int, delay: int) -> Schedule:
-    """1f1b with every B cut into I and W, the W `delay` compute actions later, as zero-bubble schedules have it."""
+def split_1f1b(num_ranks: int, num_microbatches: int, delay: int) -> Schedule:
+    """1f1b with every W the same number of backwards after its I."""
     base = one_f_one_b(num_ranks, num_microbatches)
-    programs = []
-    for program in base.programs:
-        out: list[Action] = []
-        waiting: list[Action] = []
-        for action in program:
-            if action.op != Op.B:
-                out.append(action)
-                continue
-            out.append(action._replace(op=Op.I))
-            waiting.append(action._replace(op=Op.W))
-            if len(waiting) > delay:
-                out.append(waiting.pop(0))
-        programs.append(tuple(out + waiting))
-    return Schedule(f"1f1b-split-{delay}", num_microbatches, base.stage_to_rank, tuple(programs))
+    return split_backward(base, f"1f1b-split-{delay}", [delay] * num_ranks)
 
 
 def two_stages_a_rank(num_ranks: int, num_microbatches: int) -> Schedule:

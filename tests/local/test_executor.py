@@ -23,7 +23,7 @@ from parallax.pipeline.schedules import SCHEDULES, forward_only
 from parallax.pipeline.transport import LocalTransport
 from parallax.pipeline.validate import validate
 from tests.cases import VARIANTS
-from tests.local.pipelines import LocalPipeline, split_backward, two_stages_a_rank
+from tests.local.pipelines import LocalPipeline, split_1f1b, two_stages_a_rank
 from tests.pure.test_table import random_tables
 
 STEPS = 3
@@ -36,7 +36,7 @@ def alone(variant: str) -> Mapping[str, Tensor]:
 
 
 TABLES: dict[str, Any] = {name: make for name, make in SCHEDULES.items()}
-TABLES |= {f"split-{d}": functools.partial(split_backward, delay=d) for d in (0, 1, 3)}
+TABLES |= {f"split-{d}": functools.partial(split_1f1b, delay=d) for d in (0, 1, 3)}
 TABLES["two-stages-a-rank"] = two_stages_a_rank
 
 
@@ -87,7 +87,7 @@ def test_a_stage_s_output_is_freed_once_it_is_sent():
 
 
 def test_after_a_run_nothing_is_left_behind():
-    pipeline = LocalPipeline(split_backward(3, NUM_MICROBATCHES, 2), **VARIANTS["gpt2-tied"])
+    pipeline = LocalPipeline(split_1f1b(3, NUM_MICROBATCHES, 2), **VARIANTS["gpt2-tied"])
     pipeline.run(0)
     for executor in pipeline.executors:
         left = (executor._ready, executor._receipts, executor._in_flight, executor._kept)

@@ -6,12 +6,12 @@ import pytest
 
 from parallax.pipeline.schedules import SCHEDULES
 from parallax.pipeline.table import to_text
-from tests.local.pipelines import split_backward, two_stages_a_rank
+from tests.local.pipelines import split_1f1b, two_stages_a_rank
 
 schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
 validate = getattr(schedules, "_validate_schedule", None)
 TABLES = dict(SCHEDULES) | {
-    "split": lambda p, m: split_backward(p, m, 1),
+    "split": lambda p, m: split_1f1b(p, m, 1),
     "two stages a rank": two_stages_a_rank,
 }
 

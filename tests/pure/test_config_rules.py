@@ -59,7 +59,9 @@ def failure(*argv: str) -> str:
         ("pipeline.split=-6", ["pipeline.split=(-6,) is too small"]),
         ("pipeline.schedule=1F1", ["1F1 is unknown", "did you mean 1f1b?", "gpipe"]),
         ("pipeline.memory_cap=2", ["pipeline.memory_cap is for pipeline.schedule=auto, not 1f1b"]),
-        ("pipeline.schedule=auto pipeline.split=6", ["leave pipeline.split out"]),
+        ("pipeline.schedule=auto pipeline.split=6", ["auto takes no pipeline.split"]),
+        ("pipeline.schedule=auto pipeline.max_memory_bytes=9", ["auto takes no pipeline.max_memory_bytes"]),
+        ("pipeline.split=6 pipeline.max_memory_bytes=9", ["has nothing to choose"]),
         ("pipeline.schedule=missing.csv", ["missing.csv cannot be read"]),
         ("mesh=1x1x2 pipeline.stages_per_rank=2", ["1f1b has 1 stages a rank", "pipeline.schedule=interleaved"]),
         (
