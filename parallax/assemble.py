@@ -63,6 +63,19 @@ class Run:
     def schedule(self) -> Schedule:
         return self.plan.schedule
 
+    @property
+    def share(self) -> dict[str, Any]:
+        """This rank's part of each global batch, as `token_batches` takes it. Which samples those are depends on
+        (seed, step) alone.
+        """
+        return {
+            "global_size": self.batch.global_size,
+            "sequence_length": self.config.corpus.sequence_length,
+            "data_rank": self.mesh.data.rank,
+            "data_size": self.mesh.data.size,
+            "device": self.mesh.device,
+        }
+
     def describe(self) -> str:
         """The batch equation and the stage table, for the log."""
         return f"{self.batch.equation}\n{self.plan.describe()}"

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from parallax.config import Config
 from parallax.errors import ConfigError
 
-__all__ = ["Corpus", "TokenStream", "open_corpus"]
+__all__ = ["Corpus", "TokenStream", "corpus_for", "open_corpus"]
 
 BYTE_VOCAB = 256
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
@@ -82,6 +83,18 @@ class Corpus:
                     f"{sequence_length} needs at least {sequence_length + 1}; give more text or shorter sequences"
                 )
         return self
+
+
+def corpus_for(config: Config) -> Corpus:
+    """The corpus that a configuration names. Raises ConfigError where it is missing or too short for a sequence."""
+    section = config.corpus
+    corpus = open_corpus(
+        section.source,
+        validation_fraction=section.validation_fraction,
+        seed=config.seed,
+        vocab=config.model.vocab,
+    )
+    return corpus.require(section.sequence_length)
 
 
 def open_corpus(source: str, *, validation_fraction: float, seed: int, vocab: int) -> Corpus:

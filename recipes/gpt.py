@@ -7,12 +7,11 @@ python recipes/gpt.py --help                                            every ke
 """
 
 import itertools
-from typing import Any
 
 from parallax.assemble import DTYPES, assemble
 from parallax.batches import token_batches, validation_batches
 from parallax.config_io import parse_command_line
-from parallax.corpus import open_corpus
+from parallax.corpus import corpus_for
 from parallax.launch import entrypoint
 from parallax.mesh import init_mesh
 from parallax.metrics import Metrics
@@ -24,12 +23,7 @@ from parallax.trace import traced
 def main() -> None:
     config = parse_command_line()
     mesh = init_mesh(config.mesh, device_type=config.device)
-    corpus = open_corpus(
-        config.corpus.source,
-        validation_fraction=config.corpus.validation_fraction,
-        seed=config.seed,
-        vocab=config.model.vocab,
-    ).require(config.corpus.sequence_length)
+    corpus = corpus_for(config)
     run, state = assemble(config, mesh)
     output = prepare_output(config, mesh)
     checkpoints = Checkpoints(run, output)
@@ -47,15 +41,7 @@ def main() -> None:
     if resumed := checkpoints.resume(state):
         metrics.say(f"resumed from {resumed} at step {state.step} of {config.steps}")
 
-    # This rank's part of each global batch; which samples those are depends on (seed, step) alone.
-    part: dict[str, Any] = {
-        "global_size": run.batch.global_size,
-        "sequence_length": config.corpus.sequence_length,
-        "data_rank": mesh.data.rank,
-        "data_size": mesh.data.size,
-        "device": mesh.device,
-    }
-    batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **part)
+    batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **run.share)
     metrics.resume()
     for batch in itertools.islice(batches, max(0, config.steps - state.step)):
         with traced(run, output, step=state.step + 1) as told:
@@ -66,7 +52,7 @@ def main() -> None:
         last = state.step == config.steps
         extra = {}
         if config.validation.every and (state.step % config.validation.every == 0 or last):
-            held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **part)
+            held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
             extra["val_loss"] = evaluate(run, held_out)
         metrics.record(result, **extra)
         if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last):
