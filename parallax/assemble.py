@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from parallax.comm import gather_json
 from parallax.config import Config, ResolvedBatch, check, resolve_batch
 from parallax.data.buckets import FlatBuffers
-from parallax.data.replicate import Replicate, Tie, spec_grads
+from parallax.data.gather import block_of
+from parallax.data.late import Tie
+from parallax.data.layout import Placed
+from parallax.data.replicate import Replicate
+from parallax.data.sync import BucketSync
+from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.gradients import GradSink, attach
-from parallax.mesh import Mesh
+from parallax.mesh import Axis, Mesh, cut_axis
 from parallax.models.transformer import TIED, Transformer
 from parallax.optimizer import AdamW
-from parallax.params import ParamSpec, collect, materialize
+from parallax.params import ParamSpec, collect, fill
 from parallax.pipeline.executor import Executor
 from parallax.pipeline.schedule import Schedule
 from parallax.pipeline.schedules import forward_only
@@ -36,7 +41,8 @@ class Run:
     """Everything one rank needs to train, fixed for the whole run; what changes is in TrainState.
 
     stages: this rank's spans of the model. specs: the table of its parameters, by stage. order: every canonical name
-    of the whole model -> its place. grads: this rank's gradients by spec. pipeline trains, evaluator runs forward only.
+    of the whole model -> its place. grads: the gradients that this rank's optimizer uses, by spec. shards: the ranks
+    over which ZeRO cuts, itself alone without. pipeline trains, evaluator runs forward only.
     """
 
     config: Config
@@ -47,17 +53,22 @@ class Run:
     specs: Mapping[int, Sequence[ParamSpec]]
     order: Mapping[str, int]
     flats: Mapping[int, FlatBuffers]
-    sync: Replicate
+    sync: BucketSync
+    shards: Axis
     pipeline: Executor
     evaluator: Executor
 
     @property
     def grads(self) -> list[tuple[ParamSpec, Tensor]]:
-        return spec_grads(self.flats)
+        return [
+            (piece.spec, flat.grads_of(flat.segments[piece.segment])[piece.start : piece.stop])
+            for flat in self.flats.values()
+            for piece in flat.pieces
+        ]
 
     @property
     def flat_grads(self) -> list[Tensor]:
-        return [flat.grads for flat in self.flats.values()]
+        return [flat.grads_of(segment) for flat in self.flats.values() for segment in flat.segments]
 
     @property
     def schedule(self) -> Schedule:
@@ -94,6 +105,7 @@ def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBu
         sequence_parallel=config.tensor.sequence_parallel,
         seed=config.seed,
         dtype=DTYPES[config.dtype],
+        recompute=config.recompute,
     )
 
 
@@ -113,23 +125,19 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     rank = mesh.pipeline.rank
     stages = {s: build_stage(config, mesh, range(*spans[s]), model) for s in schedule.stages_of(rank)}
     specs = {s: collect(stage, mesh) for s, stage in stages.items()}
-    for s, stage in stages.items():
-        materialize(stage, specs[s], config.seed, mesh.device, DTYPES[config.dtype])
+    ties = _ties(config, schedule)
+    shards, replicas = _shards(config, mesh)
+    flats = {
+        s: build_flat(config, mesh, stage, specs[s], {tie.name for tie in ties}, shards) for s, stage in stages.items()
+    }
     sinks = {s: GradSink() for s in stages}
     for s, stage in stages.items():
         attach(stage, sinks[s])
-    ties = _ties(config, schedule)
-    flats = {
-        s: FlatBuffers(
-            stage,
-            specs[s],
-            bucket_bytes=config.data.bucket_bytes,
-            grad_dtype=_grad_dtype(config),
-            tied={tie.name for tie in ties},
-        )
-        for s, stage in stages.items()
-    }
-    sync = Replicate(mesh, flats, sinks, ties)
+    sync: BucketSync = Replicate(mesh, flats, sinks, ties)
+    if shards.size > 1:
+        keep, each = config.data.gather == "step", config.data.reduce == "microbatch"
+        options = {"models": stages, "shards": shards, "replicas": replicas, "keep": keep, "each": each}
+        sync = Zero(mesh, flats, sinks, ties, **options)  # type: ignore[arg-type]
     transport = P2P(mesh, schedule.num_stages)
     pipeline, evaluator = (
         Executor(stages, sinks, s, rank, transport, sync, mesh.device)  # type: ignore[arg-type]
@@ -145,10 +153,43 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         order=_canonical_order(specs, mesh),
         flats=flats,
         sync=sync,
+        shards=shards,
         pipeline=pipeline,
         evaluator=evaluator,
     )
     return run, TrainState(AdamW(config.optimizer, flats))
+
+
+def build_flat(
+    config: Config, mesh: Mesh, stage: nn.Module, specs: Sequence[ParamSpec], tied: Collection[str], shards: Axis
+) -> FlatBuffers:
+    """The stage's memory, with its initial values: a function of (seed, canonical name, global element) alone."""
+
+    def initial(placed: Placed, view: Tensor) -> None:
+        for spec in placed.specs:
+            fill(spec.view(view), spec, config.seed, spec.name)
+
+    names = {name: parameter for name, parameter in stage.named_parameters()}
+    blocks = block_of(stage)
+    return FlatBuffers(
+        stage,
+        specs,
+        bucket_bytes=config.data.bucket_bytes,
+        grad_dtype=_grad_dtype(config),
+        tied=tied,
+        device=mesh.device,
+        fill=initial,
+        level=config.data.zero,
+        ranks=mesh.grad.size,
+        shards=shards,
+        group_of=lambda name: blocks[names[name]],
+    )
+
+
+def _shards(config: Config, mesh: Mesh) -> tuple[Axis, Axis]:
+    """The ranks over which ZeRO cuts, and those that hold the same part."""
+    size = (config.data.shard_size or mesh.grad.size) if config.data.zero else 1
+    return cut_axis(mesh, mesh.grad, ("data", "context"), size)
 
 
 def _grad_dtype(config: Config) -> torch.dtype:

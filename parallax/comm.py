@@ -34,6 +34,7 @@ __all__ = [
     "gather_json",
     "reduce_scatter",
     "reduce_scatter_start",
+    "sum_start",
 ]
 
 
@@ -45,6 +46,9 @@ class Pending:
     def __init__(self, result: Tensor, work: Any = None, finish: Callable[[Tensor], Tensor] | None = None) -> None:
         self._result, self._work, self._finish = result, work, finish
 
+    def advance(self) -> None:
+        """Begin what follows, where there are two collectives; every rank must do so at the same place."""
+
     def wait(self) -> Tensor:
         """The result; blocks the caller (on CUDA: the current stream) until it is there."""
         if self._work is not None:
@@ -53,6 +57,25 @@ class Pending:
         if self._finish is not None:
             self._result, self._finish = self._finish(self._result), None
         return self._result
+
+
+class _Chain(Pending):
+    """Two collectives, the second of which begins from the result of the first."""
+
+    __slots__ = ("_first", "_following", "_then")
+
+    def __init__(self, first: Pending, then: Callable[[Tensor], Pending]) -> None:
+        self._first, self._then = first, then
+        self._following: Pending | None = None
+
+    def advance(self) -> None:
+        if self._following is None:
+            self._following = self._then(self._first.wait())
+
+    def wait(self) -> Tensor:
+        self.advance()
+        assert self._following is not None
+        return self._following.wait()
 
 
 # torch 2.13 renames these two; 2.11 knows only the old names.
@@ -74,18 +97,31 @@ def all_reduce_start(tensor: Tensor, axis: Axis, op: str = "sum") -> Pending:
     return Pending(tensor, dist.all_reduce(tensor, op=reduce_op, group=axis.group, async_op=True))
 
 
+def sum_start(flat: Tensor, axis: Axis) -> Pending:
+    """Begin the sum of a long vector over the axis, in place, adding in rank order where the backend leaves the choice.
+
+    gloo's ring adds each chunk in another order, so that what two stages or two schedules sum would differ in the last
+    bit with where it lies in the vector. With more than two ranks the vector, which they must divide, goes by an
+    all-to-all of slices, sums in rank order, and an all-gather. Sends 2(n-1)/n of its bytes, counted by their kinds.
+    """
+    if axis.group is None or axis.backend != "gloo" or axis.size == 2:
+        return all_reduce_start(flat, axis)
+    own = flat.view(axis.size, -1)[axis.rank]
+    return _Chain(reduce_scatter_start(flat, axis), lambda total: all_gather_start(own.copy_(total), axis, out=flat))
+
+
 def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """Sum (or max) over the axis, in place; returns the tensor. Sends 2(n-1)/n of its bytes."""
     return all_reduce_start(tensor, axis, op).wait()
 
 
-def all_gather_start(shard: Tensor, axis: Axis) -> Pending:
-    """Begin `all_gather`."""
+def all_gather_start(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
+    """Begin `all_gather`. out: where the result goes, contiguous; the shard may be this rank's part of it."""
     if axis.group is None:
-        return Pending(shard)
+        return Pending(shard if out is None else out.copy_(shard))
     shard = shard.contiguous()
     _count(axis, "all_gather", (axis.size - 1) * shard.nbytes)
-    whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
+    whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:])) if out is None else out
     gather = _named("all_gather_single", "all_gather_into_tensor")
     return Pending(whole, gather(whole, shard, group=axis.group, async_op=True))
 

@@ -118,6 +118,12 @@ class TensorConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
+    zero: int = key(
+        0, "ZeRO: 1 cuts the optimizer's state over data ranks, 2 gradients too, 3 parameters too", least=0, below=4
+    )
+    shard_size: int | None = key(None, "zero: neighbouring ranks that share one copy; none = all", least=1)
+    gather: Literal["block", "step"] = key("block", "zero=3: parameters are gathered for each block, or once a step")
+    reduce: Literal["step", "microbatch"] = key("step", "zero=2, 3: when gradients are summed and cut")
     bucket_bytes: int = key(25 * 2**20, "size of a gradient bucket", least=1, below=WIDE_LIMIT)
     grad_dtype: Literal["float32", "parameter"] = key("float32", "dtype of gradients; float64 parameters keep float64")
 
@@ -172,6 +178,7 @@ class Config:
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     dtype: Literal["float32", "float64", "bfloat16"] = key("float32", "dtype of the parameters")
+    recompute: str = key("none", "activations computed again in the backward: none, selective, full or every-N")
     output: str = key("auto", "directory of this run; auto = the next free runs/NNN")
     resume: str = key("none", "none, auto (the latest checkpoint in output), or a checkpoint directory")
     log_every: int = key(1, "steps between log lines", least=1)

@@ -22,7 +22,7 @@ class GradSink:
     """Adds weight gradients to flat buffers, now or later, and tells who listens when a parameter has got its share."""
 
     def __init__(self) -> None:
-        self.buffers: dict[nn.Parameter, Tensor] = {}
+        self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
         self.on_accumulated: Callable[[nn.Parameter], None] | None = None
         self._kept: list[tuple[nn.Parameter, Accumulate]] | None = None
 
@@ -37,6 +37,11 @@ class GradSink:
         """From here on keep what comes in (I, the input-gradient pass)."""
         self._kept = []
 
+    @property
+    def keeping(self) -> bool:
+        """Whether `keep` is in force."""
+        return self._kept is not None
+
     def take(self) -> list[tuple[nn.Parameter, Accumulate]]:
         """End `keep`; returns what it kept, for `run` (W, the weight-gradient pass)."""
         kept, self._kept = self._kept or [], None
@@ -50,7 +55,8 @@ class GradSink:
 
     @torch.no_grad()  # W runs outside of autograd's backward
     def _run(self, parameter: nn.Parameter, accumulate: Accumulate) -> None:
-        accumulate(self.buffers[parameter])
+        assert self.buffer_of is not None, "nobody has said where gradients go"
+        accumulate(self.buffer_of(parameter))
         if self.on_accumulated is not None:
             self.on_accumulated(parameter)
 

@@ -25,7 +25,7 @@ from parallax.errors import MeshError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Axis", "Mesh", "MeshShape", "init_mesh"]
+__all__ = ["Axis", "Mesh", "MeshShape", "cut_axis", "init_mesh"]
 
 # Outermost first. `expert` is no axis of ranks: it refolds data x context for expert weights.
 RANK_AXES = ("pipeline", "data", "context", "tensor")
@@ -325,6 +325,29 @@ def _build(shape: MeshShape, rank: int, device: torch.device, backend: str) -> M
         grad=grad,
         world=Axis("world", rank, everyone, _world_group(shape), backend),
     )
+
+
+def cut_axis(mesh: Mesh, axis: Axis, over: tuple[str, ...], size: int) -> tuple[Axis, Axis]:
+    """Cut an axis into runs of `size` neighbours: the run that this rank is in, and its peers at the same place of the
+    others. over: the mesh axes that `axis` goes along. Collectives: makes groups, so every rank must call it.
+    Raises MeshError where size does not divide the axis.
+    """
+    if axis.size % size:
+        raise MeshError(f"{axis.name} has {axis.size} ranks, {size} does not divide them; choose a divisor")
+    if size in (1, axis.size):
+        alone = Axis(f"{axis.name}_alone", 0, (mesh.rank,), None, axis.backend)
+        return (alone, axis) if size == 1 else (axis, alone)
+    runs = [ranks[at : at + size] for ranks in mesh.shape.groups(*over) for at in range(0, axis.size, size)]
+    rows = [ranks[at::size] for ranks in mesh.shape.groups(*over) for at in range(size)]
+
+    def mine(name: str, groups: list[tuple[int, ...]]) -> Axis:
+        import torch.distributed as dist
+
+        made = {ranks: dist.new_group(list(ranks)) for ranks in groups}
+        ranks = next(ranks for ranks in groups if mesh.rank in ranks)
+        return Axis(name, ranks.index(mesh.rank), ranks, made[ranks], axis.backend)
+
+    return mine(f"{axis.name}_shard", runs), mine(f"{axis.name}_replica", rows)
 
 
 def _world_group(shape: MeshShape) -> Any:

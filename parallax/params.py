@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from parallax.errors import ConfigError
 from parallax.mesh import Axis, Mesh
 from parallax.rng import derive_key, fill_normal
 
-__all__ = ["Box", "Init", "Layout", "ParamSpec", "collect", "even_cut", "fill", "materialize"]
+__all__ = ["Box", "Init", "Layout", "ParamSpec", "collect", "even_cut", "fill"]
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) along each dim of a global tensor: the one contiguous piece that a rank holds."""
@@ -115,8 +114,12 @@ def even_cut(size: int, parts: int, index: int, what: str) -> tuple[int, int]:
 def collect(model: nn.Module, mesh: Mesh) -> list[ParamSpec]:
     """The table of a model, in the model's own order. Raises ConfigError on a name that occurs twice."""
     specs: list[ParamSpec] = []
+    shared: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if parameter in shared:  # one object under two names has the first one
+                continue
+            shared.add(parameter)
             specs += _pieces(module, module_name, name, parameter, mesh)
     seen: set[str] = set()
     for spec in specs:
@@ -164,26 +167,3 @@ def fill(out: Tensor, piece: Layout | ParamSpec, seed: int, name: str) -> None:
         out.fill_(piece.init.mean)
     else:
         fill_normal(out, box, piece.global_shape, derive_key(seed, name), piece.init.mean, piece.init.std)
-
-
-@torch.no_grad()
-def materialize(model: nn.Module, specs: list[ParamSpec], seed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model that was built on the meta device its memory and its initial values, shard by shard.
-
-    The values depend on (seed, canonical name, global element) alone, so every mesh starts from the same model. Padded
-    rows are zero. A tied parameter whose first use is in the same model shares its memory.
-    """
-    firsts = {spec.name: spec.parameter for spec in specs if not spec.tied}
-    shared = {spec.parameter: firsts[spec.name] for spec in specs if spec.tied and spec.name in firsts}
-    made: dict[str, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, old in list(module.named_parameters(recurse=False)):
-            full = f"{module_name}.{name}" if module_name else name
-            memory = (
-                made[shared[full]].detach() if full in shared else torch.zeros(old.shape, device=device, dtype=dtype)
-            )
-            made[full] = nn.Parameter(memory, requires_grad=old.requires_grad)
-            setattr(module, name, made[full])
-    for spec in specs:
-        if spec.parameter not in shared:
-            fill(spec.view(made[spec.parameter]), spec, seed, spec.name)

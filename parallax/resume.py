@@ -97,7 +97,9 @@ class Checkpoints:
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
         keep = self.run.config.checkpoint.keep
-        return checkpoint.save(self.directory, state.step, self._entries(state), counts, self._exchange, keep=keep)
+        return checkpoint.save(
+            self.directory, state.step, self._entries(state, saving=True), counts, self._exchange, keep=keep
+        )
 
     def resume(self, state: TrainState) -> Path | None:
         """Load what config.resume names into the state: `auto` the latest one if there is any, `none` nothing.
@@ -119,6 +121,7 @@ class Checkpoints:
         state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
         state.optimizer.set_step(state.step)
         state.optimizer.publish()
+        self.run.sync.publish()
         return Path(name)
 
     def _check_same(self, path: Path, saved: Any) -> None:
@@ -138,22 +141,27 @@ class Checkpoints:
                 "some and skip others; set these keys as they were"
             )
 
-    def _entries(self, state: TrainState) -> list[Entry]:
-        """This rank's boxes of parameters, moments: views of the optimizer's flat buffers."""
+    def _entries(self, state: TrainState, *, saving: bool = False) -> list[Entry]:
+        """This rank's boxes of parameters and moments: views of the optimizer's flat buffers."""
+        cut = self.run.shards.size > 1
         entries = []
         for stage, flat in self.run.flats.items():
             kinds = state.optimizer.flat_state(stage)
-            for placed in flat.placed:
-                if placed.start >= flat.stop:  # a second use in the same memory
-                    continue
-                for spec in placed.specs:
-                    replicas = self._replicas(spec)
+            for piece in flat.pieces:
+                if cut and saving and piece.spec.tied:
+                    continue  # the stage of the first use has it, cut elsewhere
+                replicas = self._replicas(piece.spec)
+                for box, start, stop in piece.boxes():
+                    shape = [last - first for first, last in box]
                     entries += [
                         Entry(
-                            f"{kind}/{spec.name}", spec.global_shape, spec.box, spec.view(placed.of(memory)), replicas
+                            f"{kind}/{piece.spec.name}",
+                            piece.spec.global_shape,
+                            box,
+                            segments[piece.segment][start:stop].view(shape),
+                            replicas,
                         )
-                        for kind, memory in kinds.items()
-                        if 0 not in spec.box_shape
+                        for kind, segments in kinds.items()
                     ]
         return entries
 
@@ -161,15 +169,17 @@ class Checkpoints:
         """The global ranks that hold the very box."""
         mesh, schedule = self.run.mesh, self.run.schedule
         pipeline: Sequence[int] = (mesh.pipeline.rank,)
-        if self.run.config.model.tie_embeddings and spec.name in {tie.name for tie in self.run.sync.ties}:
+        if spec.name in {tie.name for tie in self.run.sync.ties} and self.run.shards.size == 1:
             pipeline = sorted({schedule.stage_to_rank[0], schedule.stage_to_rank[-1]})
         shape = mesh.shape
+        # Along mesh.grad all ranks hold the same, or with ZeRO those of one place in their shard group.
+        same = range(self.run.shards.rank, mesh.grad.size, self.run.shards.size)
+        grad = [divmod(place, shape.context) for place in same]
         return tuple(
             sorted(
                 shape.rank_at({"pipeline": p, "data": d, "context": c, "tensor": t})
                 for p in pipeline
-                for d in range(shape.data)
-                for c in range(shape.context)
+                for d, c in grad
                 for t in spec.tensor_ranks
             )
         )

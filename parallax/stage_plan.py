@@ -101,19 +101,32 @@ def stage_in_flight(schedule: Schedule, stage: int) -> int:
 
 
 class _Memory:
-    """Bytes that a stage takes on one rank: parameters, gradients, optimizer, and the activations in flight."""
+    """Bytes that a stage takes on one rank: parameters, gradients, optimizer, and the activations in flight.
+
+    What ZeRO cuts counts by its part; gradients that are reduced once a step are whole until then.
+    """
 
     def __init__(self, config: Config, units: tuple[Unit, ...], schedule: Schedule) -> None:
         tensor = config.mesh_shape.tensor
         size = {"float64": 8, "float32": 4, "bfloat16": 2}[config.dtype]
-        grad = size if config.dtype == "float64" or config.data.grad_dtype == "parameter" else 4
+        grad: float = size if config.dtype == "float64" or config.data.grad_dtype == "parameter" else 4
         master = 4 if config.dtype == "bfloat16" else 0
         moments = 2 * max(4, size)
         elements = unit_activations(
-            config.model, tensor=tensor, sequence_parallel=config.tensor.sequence_parallel and tensor > 1
+            config.model,
+            tensor=tensor,
+            sequence_parallel=config.tensor.sequence_parallel and tensor > 1,
+            recompute=config.recompute,
         )
-        tokens = resolve_batch(config).microbatch_size * config.corpus.sequence_length
-        self._fixed = list(accumulate((u.params / tensor * (size + grad + master + moments) for u in units), initial=0))
+        batch = resolve_batch(config)
+        tokens = batch.microbatch_size * config.corpus.sequence_length
+        data, shape = config.data, config.mesh_shape
+        parts = (data.shard_size or shape.data * shape.context) if data.zero else 1
+        state = (master + moments) / parts
+        if data.zero >= 2 and (data.reduce == "microbatch" or batch.num_microbatches == 1):
+            grad = grad / parts
+        values = size / parts if data.zero == 3 and data.gather == "block" else size
+        self._fixed = list(accumulate((u.params / tensor * (values + grad + state) for u in units), initial=0.0))
         self._activations = list(accumulate((n * tokens * size for n in elements), initial=0))
         self._held = [stage_in_flight(schedule, stage) for stage in range(schedule.num_stages)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parallax.batches import Batch
 from parallax.comm import all_reduce
-from parallax.mesh import Mesh
+from parallax.mesh import Axis, Mesh
 from parallax.params import ParamSpec
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     tokens = count_tokens(batch, run.mesh)
     run.sync.zero()
     scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=1.0 / max(1, tokens))
-    loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh)
+    loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards)
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"step {state.step + 1}: the gradient norm is {norm} (loss {loss}); the parameters are those of step "
@@ -72,6 +72,7 @@ def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     clip_gradients(run.flat_grads, norm, config.max_grad_norm)
     lr = config.lr_at(state.step, run.config.steps)
     state.optimizer.step(lr)
+    run.sync.publish()
     state.step += 1
     state.tokens += tokens
     return StepResult(step=state.step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
@@ -84,20 +85,28 @@ def count_tokens(batch: Batch, mesh: Mesh) -> int:
 
 
 def global_loss_and_norm(
-    scaled_loss: Tensor, grads: Iterable[tuple[ParamSpec, Tensor]], order: Mapping[str, int], mesh: Mesh
+    scaled_loss: Tensor,
+    grads: Iterable[tuple[ParamSpec, Tensor]],
+    order: Mapping[str, int],
+    mesh: Mesh,
+    shards: Axis | None = None,
 ) -> tuple[float, float]:
     """The loss of the global batch and the norm of its gradient: the same bits on every rank.
 
     The sum of squares of each parameter is taken in float64 and laid in a vector by canonical order, so that no
     stage split changes the order in which they are added; a parameter that several ranks hold counts once.
-    Collectives: 8 bytes over mesh.grad, then 8 bytes a canonical parameter over tensor and over pipeline.
+    shards: the axis over which the gradients are cut (ZeRO). Collectives: 8 bytes over mesh.grad, then 8 bytes a
+    canonical parameter over shards, tensor and pipeline.
     """
     loss = all_reduce(scaled_loss.detach().clone().view(1), mesh.grad)
     vector = torch.zeros(len(order) + 1, dtype=torch.float64, device=mesh.device)
     counted = [(spec, grad) for spec, grad in grads if spec.owned and grad.numel()]
     if counted:
         squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for _, grad in counted])
-        vector[torch.tensor([order[spec.name] for spec, _ in counted], device=mesh.device)] = squares
+        # A parameter may be in several pieces here, added up in their order.
+        vector.index_add_(0, torch.tensor([order[spec.name] for spec, _ in counted], device=mesh.device), squares)
+    if shards is not None:
+        all_reduce(vector, shards)
     if mesh.tensor.rank == 0:  # tensor ranks hold the same loss
         vector[-1] = loss[0]
     all_reduce(all_reduce(vector, mesh.tensor), mesh.pipeline)

@@ -107,11 +107,11 @@ def gather_parameters(
     """This rank's boxes of every canonical parameter: name -> [(box, values)]."""
     found: dict[str, list[tuple[Any, torch.Tensor]]] = {}
     for stage, flat in run.flats.items():
-        memory = state.optimizer.flat_state(stage)[kind]
-        for placed in flat.placed:
-            if placed.start < flat.stop:
-                for spec in placed.specs:
-                    found.setdefault(spec.name, []).append((spec.box, spec.view(placed.of(memory)).clone()))
+        segments = state.optimizer.flat_state(stage)[kind]
+        for piece in flat.pieces:
+            for box, start, stop in piece.boxes():
+                values = segments[piece.segment][start:stop].view([b - a for a, b in box])
+                found.setdefault(piece.spec.name, []).append((box, values.clone()))
     return found
 
 

@@ -1,63 +1,35 @@
-"""Flat buffers: one stage's parameters and gradients, each in one contiguous piece of memory.
+"""The memory of one stage's parameters and gradients, laid out by layout.py, and how much of it a rank keeps.
 
 Gradients are views of one buffer, so nothing is packed before a reduction, and the norm, the clip and the optimizer
-are one pass. The buffer is laid out
-
-    [ early, in reverse order of use | late with weight decay | late without | tied ]
-
-early: gradients that are final once their stage's last backward has passed them; cut into buckets. late: those that
-need a sum over another axis first (norms under sequence parallelism, tied embeddings), and the small ones. tied: second
-uses of a parameter of the same stage, which the optimizer never sees. Every parameter starts at a multiple of 64
-elements, so that vectorised kernels treat an element alike wherever a stage split puts it.
+are one pass. The level is that of ZeRO (arXiv:1910.02054): from 2 on a bucket's gradients have memory from the first
+contribution until they are reduced, and then only in this rank's range; at 3 parameters too have memory only from the
+moment they are gathered until they are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from parallax.data.layout import Bucket, FlatLayout, Placed, Segment
+from parallax.mesh import Axis
 from parallax.params import ParamSpec
 
-__all__ = ["Bucket", "FlatBuffers", "Placed"]
+__all__ = ["FlatBuffers", "Fill"]
 
-ALIGN = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placed:
-    """A parameter in the flat buffers: elements [start, start + numel)."""
-
-    name: str
-    parameter: nn.Parameter
-    specs: tuple[ParamSpec, ...]
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.parameter.numel()
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The parameter's part of a flat buffer, in the parameter's shape."""
-        return flat[self.start : self.stop].view(self.parameter.shape)
+Fill = Callable[[Placed, Tensor], None]
+"""Gives a parameter its initial values, in memory that is zero."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Bucket:
-    """Elements [start, stop) of the gradients, reduced in one call, and the parameters that fill them."""
+class FlatBuffers(FlatLayout):
+    """Owns the memory of one stage's parameters (`values`) and gradients.
 
-    start: int
-    stop: int
-    parameters: tuple[nn.Parameter, ...]
-
-
-class FlatBuffers:
-    """Owns the memory of one stage's parameters (`values`) and gradients (`grads`).
-
-    model: parameters that have memory; they become views of `values`. grad_dtype: of the gradients.
-    tied: canonical names of parameters that have a second use, on this stage or on another.
+    model: its parameters become views of `values`; those on the meta device are replaced by ones on `device`, so that a
+    rank never holds more than it keeps, and one bucket. fill: gives them their values; by default they keep those
+    they have. grad_dtype: of the gradients. shards: the axis over which level 1 to 3 cut the buckets.
+    For the rest see FlatLayout.
     """
 
     def __init__(
@@ -68,64 +40,173 @@ class FlatBuffers:
         bucket_bytes: int,
         grad_dtype: torch.dtype,
         tied: Collection[str] = (),
+        device: torch.device | str | None = None,
+        fill: Fill | None = None,
+        level: int = 0,
+        ranks: int = 1,
+        shards: Axis | None = None,
+        group_of: Callable[[str], str | None] | None = None,
     ) -> None:
-        by_parameter: dict[str, list[ParamSpec]] = {}
-        for spec in specs:
-            by_parameter.setdefault(spec.parameter, []).append(spec)
-        named = [(name, p, tuple(by_parameter[name])) for name, p in model.named_parameters(remove_duplicate=False)]
-        firsts = {spec.name for spec in specs if not spec.tied}
-        seconds = [item for item in named if item[2][0].tied and item[2][0].name in firsts]
-        rest = [item for item in reversed(named) if item not in seconds]
-        # A tied weight waits for its other use, a partial one for a sum over another axis: before the data axis sums.
-        late = [i for i in rest if not i[2][0].decay or any(s.sum_over or s.name in tied for s in i[2])]
-        early = [item for item in rest if item not in late]
-        late_decay = [item for item in late if item[2][0].decay]
-        late_plain = [item for item in late if not item[2][0].decay]
+        cut = level > 0 and shards is not None and shards.size > 1
+        self.level = level if cut else 0
+        named, given = _on_device(model, device)
+        super().__init__(
+            named,
+            specs,
+            bucket_bytes=bucket_bytes,
+            itemsize=grad_dtype.itemsize,
+            tied=tied,
+            ranks=max(ranks, shards.size if cut and shards else 1),
+            shards=shards.size if cut and shards else 1,
+            shard=shards.rank if cut and shards else 0,
+            group_of=group_of if self.level == 3 else None,
+        )
+        example = named[0][1] if named else torch.empty(0, device=device)
+        self.dtype, self.grad_dtype, self.device = example.dtype, grad_dtype, example.device
+        self._bucket_of = {placed: bucket for bucket in self.buckets for placed in bucket.placed}
+        self._own_values(fill or _keep(given))
+        self._own_grads()
 
-        self.placed: list[Placed] = []
-        self.early_stop = self._place(early, 0)
-        self.decay_stop = self._place(late_decay, self.early_stop)
-        self.stop = self._place(late_plain, self.decay_stop)
-        end = self._place(seconds, self.stop)
-        self.by_name = {p.name: p for p in self.placed}
-        self.buckets = self._cut(len(early), bucket_bytes, grad_dtype.itemsize)
-        self._own(end, grad_dtype)
+    # --- parameters -----------------------------------------------------------------------------
 
-    def _place(self, items: Sequence[tuple[str, nn.Parameter, tuple[ParamSpec, ...]]], at: int) -> int:
-        for name, parameter, specs in items:
-            self.placed.append(Placed(name, parameter, specs, at))
-            at += -(-parameter.numel() // ALIGN) * ALIGN
-        return at
+    def _own_values(self, fill: Fill) -> None:
+        sizes = [self.stop] if self.level < 3 else [b.stop - b.start for b in self.buckets]
+        self._values = [torch.empty(0, dtype=self.dtype, device=self.device) for _ in sizes]
+        shard_size = self.own_size if self.level == 3 else 0
+        self._value_shards = torch.zeros(shard_size, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            for index, size in enumerate(sizes):
+                memory = torch.zeros(size, dtype=self.dtype, device=self.device)
+                self._values[index] = memory
+                bucket = self.buckets[index] if self.level == 3 else None
+                for placed in bucket.placed if bucket else self.placed:
+                    if placed.start < self.stop:
+                        view = placed.of(memory, bucket.start if bucket else 0)
+                        fill(placed, view)
+                        placed.parameter.data = view
+                if bucket is not None:
+                    self.own_values(bucket).copy_(memory[bucket.own[0] - bucket.start : bucket.own[1] - bucket.start])
+                    self.drop(bucket)
+            for placed in self.placed:  # a second use shares the memory of the first
+                if placed.start >= self.stop:
+                    placed.parameter.data = self.first_use(placed).parameter.data
 
-    def _cut(self, num_early: int, bucket_bytes: int, itemsize: int) -> list[Bucket]:
-        """Buckets of at least bucket_bytes (the last may be smaller), each a run of early parameters."""
-        buckets: list[Bucket] = []
-        start, members = 0, []
-        for index, placed in enumerate(self.placed[:num_early]):
-            members.append(placed.parameter)
-            last = index == num_early - 1
-            stop = self.early_stop if last else self.placed[index + 1].start
-            if last or (stop - start) * itemsize >= bucket_bytes:
-                buckets.append(Bucket(start, stop, tuple(members)))
-                start, members = stop, []
-        return buckets
+    @property
+    def values(self) -> Tensor:
+        """All parameters of the stage, where the level keeps them."""
+        (memory,) = self._values
+        return memory
 
-    def _own(self, end: int, grad_dtype: torch.dtype) -> None:
-        example = self.placed[0].parameter if self.placed else torch.empty(0)
-        self.values = torch.zeros(self.stop, dtype=example.dtype, device=example.device)
-        self.grads = torch.zeros(end, dtype=grad_dtype, device=example.device)
-        for placed in self.placed:
-            if placed.start < self.stop:
-                placed.of(self.values).copy_(placed.parameter.detach())
-        for placed in self.placed:
-            source = placed
-            if placed.start >= self.stop:  # a second use shares the memory of the first
-                source = self.first_use(placed)
-            placed.parameter.data = source.of(self.values)
-            if grad_dtype == example.dtype:
-                placed.parameter.grad = placed.of(self.grads)
+    def whole_values(self, bucket: Bucket) -> Tensor:
+        """A bucket's parameters; at level 3 memory for them, whose content is what was gathered last."""
+        if self.level < 3:
+            return self.values[bucket.start : bucket.stop]
+        memory = self._values[self.buckets.index(bucket)]
+        # The storage grows and shrinks in place: views that autograd saved stay views of it.
+        memory.untyped_storage().resize_(memory.nbytes)
+        return memory
 
-    def first_use(self, tied: Placed) -> Placed:
-        """The placed parameter whose canonical name a tied one bears."""
-        name = tied.specs[0].name
-        return next(p for p in self.placed if not p.specs[0].tied and p.specs[0].name == name)
+    def own_values(self, bucket: Bucket) -> Tensor:
+        """The range of a bucket's parameters that this rank updates."""
+        if self.level < 3:
+            return self.values[slice(*bucket.own)]
+        return self._value_shards[bucket.own_at : bucket.own_at + bucket.own[1] - bucket.own[0]]
+
+    def drop(self, bucket: Bucket) -> None:
+        """Free a bucket's whole parameters (level 3)."""
+        self._values[self.buckets.index(bucket)].untyped_storage().resize_(0)
+
+    def values_of(self, segment: Segment) -> Tensor:
+        """The parameters of a segment."""
+        return _cut(self.values, segment) if self.level < 3 else _cut_own(self._value_shards, segment)
+
+    # --- gradients ------------------------------------------------------------------------------
+
+    def _own_grads(self) -> None:
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=self.grad_dtype, device=self.device)
+
+        late = self.late
+        self._kept_from = 0 if self.level < 2 else (late.start if late else self.stop)
+        self._grads = zeros(self.end - self._kept_from)
+        self._grad_shards = zeros(self.own_size if self.level >= 2 else 0)
+        self._lent: dict[Bucket, Tensor] = {}
+        if self.level < 2 and self.grad_dtype == self.dtype:
+            for placed in self.placed:
+                placed.parameter.grad = self.grad(placed)
+
+    @property
+    def grads(self) -> Tensor:
+        """All gradients of the stage, where the level keeps them; else the late and the tied ones."""
+        return self._grads
+
+    def grad(self, placed: Placed) -> Tensor:
+        """Where a parameter's gradient adds up before it is reduced."""
+        if placed.start >= self._kept_from:
+            return placed.of(self._grads, self._kept_from)
+        bucket = self._bucket_of[placed]
+        if bucket not in self._lent:
+            self._lent[bucket] = torch.zeros(bucket.stop - bucket.start, dtype=self.grad_dtype, device=self.device)
+        return placed.of(self._lent[bucket], bucket.start)
+
+    def has_grads(self, bucket: Bucket) -> bool:
+        """Whether a bucket has gradients that are not reduced yet (level 2 and 3)."""
+        return bucket in self._lent
+
+    def take_grads(self, bucket: Bucket) -> Tensor:
+        """A bucket's gradients, for the reduction; from level 2 on their memory is the caller's to let go."""
+        if bucket.start >= self._kept_from:
+            return self._grads[bucket.start - self._kept_from : bucket.stop - self._kept_from]
+        if bucket in self._lent:
+            return self._lent.pop(bucket)
+        return torch.zeros(bucket.stop - bucket.start, dtype=self.grad_dtype, device=self.device)
+
+    def own_grads(self, bucket: Bucket) -> Tensor:
+        """Where the reduced gradients of this rank's range of a bucket go."""
+        if self.level < 2:
+            return self._grads[slice(*bucket.own)]
+        return self._grad_shards[bucket.own_at : bucket.own_at + bucket.own[1] - bucket.own[0]]
+
+    def grads_of(self, segment: Segment) -> Tensor:
+        """The reduced gradients of a segment."""
+        return _cut(self._grads, segment) if self.level < 2 else _cut_own(self._grad_shards, segment)
+
+    def zero_grads(self) -> None:
+        self._grads.zero_()
+        self._lent.clear()
+
+
+def _cut(flat: Tensor, segment: Segment) -> Tensor:
+    return flat[segment.start : segment.stop]
+
+
+def _cut_own(shards: Tensor, segment: Segment) -> Tensor:
+    return shards[segment.own_at : segment.own_at + segment.stop - segment.start]
+
+
+def _on_device(
+    model: nn.Module, device: torch.device | str | None
+) -> tuple[list[tuple[str, nn.Parameter, tuple[int, ...]]], dict[nn.Parameter, Tensor]]:
+    """Each parameter once, by name, with its shape; and the data of those that have any. Replaces those on meta."""
+    named, given, seen = [], {}, set()
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in seen:
+                continue
+            shape = tuple(parameter.shape)
+            if parameter.is_meta:
+                empty = torch.empty(0, dtype=parameter.dtype, device=device)
+                parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(module, name, parameter)
+            else:
+                given[parameter] = parameter.detach()
+            seen.add(parameter)
+            named.append((f"{module_name}.{name}" if module_name else name, parameter, shape))
+    return named, given
+
+
+def _keep(given: dict[nn.Parameter, Tensor]) -> Fill:
+    def copy(placed: Placed, view: Tensor) -> None:
+        view.copy_(given.pop(placed.parameter))
+
+    return copy

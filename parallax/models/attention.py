@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
+from parallax.models.recompute import recomputed
 from parallax.rng import derive_key
 from parallax.tensor.layers import ColumnParallelLinear, Piece, RowParallelLinear
 from parallax.tensor.norms import keyed_dropout
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         self.heads = config.heads // size
         self.kv_heads = max(1, kv_heads // size)
         self.first_head = mesh.tensor.rank * self.heads
+        self.recompute_core = False
         kv_shards = min(size, kv_heads)
         width, kv_width = config.heads * self.head_dim, kv_heads * self.head_dim
         self.qkv = ColumnParallelLinear(
@@ -84,11 +86,16 @@ class Attention(nn.Module):
         else:
             q, k, v = qkv.split([h, g, g], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if dropout_seed is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=h != g)
+        if self.recompute_core and self.training:  # arXiv:2205.05198, section 5: cheap to run, large to keep
+            y = recomputed(self._core, q, k, v, rows, dropout_seed)
         else:
-            y = self._with_dropout(q, k, v, rows, dropout_seed)
+            y = self._core(q, k, v, rows, dropout_seed)
         return self.out(y.transpose(1, 2).reshape(num_samples * length, h * self.head_dim))
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, rows: TokenRows, seed: int | None) -> Tensor:
+        if seed is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return self._with_dropout(q, k, v, rows, seed)
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, rows: TokenRows, seed: int) -> Tensor:
         """The same attention written out, with dropout on the probabilities keyed by (sample, head, query, key)."""

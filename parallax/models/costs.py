@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from parallax.config import ModelConfig
 
-__all__ = ["unit_activations", "unit_costs"]
+__all__ = ["recomputes_layer", "unit_activations", "unit_costs"]
+
+
+def recomputes_layer(mode: str, index: int) -> bool:
+    """Whether layer `index` is recomputed as a whole: with `full` each, with `every-N` one of N."""
+    if mode.startswith("every-"):
+        return index % int(mode.removeprefix("every-")) == 0
+    return mode == "full"
 
 
 def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, float, int]]:
@@ -30,12 +37,15 @@ def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, flo
     ]
 
 
-def unit_activations(config: ModelConfig, *, tensor: int = 1, sequence_parallel: bool = False) -> list[float]:
+def unit_activations(
+    config: ModelConfig, *, tensor: int = 1, sequence_parallel: bool = False, recompute: str = "none"
+) -> list[float]:
     """Elements a token that embedding, layers and head keep on a rank from F to B, in this model's layers.
 
     Each norm keeps its input, each column layer its (gathered) input, attention q, k, v and its output, which is the
     row layer's input, the MLP what its activation needs and the row layer's input; the head its logits. Dropout masks
-    are recomputed from their keys but their products are kept.
+    are recomputed from their keys but their products are kept. A layer that is recomputed keeps its input alone, and
+    attention whose core is, no statistics of it.
     """
     hidden, head_dim = config.hidden, config.head_dim
     width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
@@ -44,4 +54,8 @@ def unit_activations(config: ModelConfig, *, tensor: int = 1, sequence_parallel:
     layer = norm_inputs + 2 * hidden + cut / tensor
     if config.dropout:
         layer += 2 * hidden / (tensor if sequence_parallel else 1)
-    return [0.0, *[layer] * config.layers, norm_inputs / 2 + hidden + config.vocab / tensor]
+    if recompute == "selective":
+        layer -= config.heads / tensor
+    layers = [norm_inputs / 2 if recomputes_layer(recompute, i) else layer for i in range(config.layers)]
+    embedding = norm_inputs / 2 if config.dropout else 0.0
+    return [embedding, *layers, norm_inputs / 2 + hidden + config.vocab / tensor]

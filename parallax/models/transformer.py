@@ -19,6 +19,8 @@ from parallax.batches import IGNORE, Microbatch
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
 from parallax.models.attention import Attention, rotary_table
+from parallax.models.costs import recomputes_layer
+from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
 from parallax.rng import derive_key
 from parallax.tensor.layers import (
@@ -69,6 +71,8 @@ class TokenRows:
 
 class Embedding(nn.Module):
     """Token embedding, plus learned positions where the config asks for them. ids_BT -> x_nD."""
+
+    is_block = True
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, sequence_length: int, sequence_parallel: bool, dtype: torch.dtype
@@ -180,6 +184,8 @@ class Head(ColumnParallelLinear):
     With `tie_embeddings` its weight is the embedding's: the same canonical parameter, a gradient of its own.
     """
 
+    is_block = True
+
     def __init__(self, config: ModelConfig, mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype) -> None:
         start, stop, rows = vocab_range(config.vocab, mesh.tensor, config.vocab_multiple)
         super().__init__(
@@ -202,11 +208,12 @@ class Head(ColumnParallelLinear):
 
 
 class Transformer(nn.Module):
-    """Units [first, last) of the model, on the meta device until `params.materialize`.
+    """Units [first, last) of the model, on the meta device until its buffers are made.
 
     forward takes the activations of the stage before (None on the first stage), the microbatch, and the loss scale. It
     returns the activations for the next stage, or on the last stage scale times the sum of the token losses (float64).
-    seed: keys dropout; training alone drops.
+    seed: keys dropout; training alone drops. recompute: none, selective (the core of attention), full (every layer) or
+    every-N (one layer of N).
     """
 
     def __init__(
@@ -219,9 +226,11 @@ class Transformer(nn.Module):
         sequence_parallel: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.seed, self.dtype = config, mesh, seed, dtype
+        self.recompute = recompute
         self.sequence_parallel = sequence_parallel and mesh.tensor.size > 1
         self._rotary: Tensor | None = None
         args = (config, mesh, self.sequence_parallel, dtype)
@@ -248,7 +257,10 @@ class Transformer(nn.Module):
                 x = keyed_dropout(embedded, rows.rows_n, key, self.config.dropout)
         rotary = self._rotary_for(rows.shape[1], microbatch.tokens_BT.device)
         for layer in self.layers.values():
-            x = layer(x, rows, rotary, drop_seed)
+            assert isinstance(layer, Layer)
+            layer.attention.recompute_core = self.recompute == "selective"
+            again = self.training and recomputes_layer(self.recompute, layer.index)
+            x = recomputed(layer, x, rows, rotary, drop_seed) if again else layer(x, rows, rotary, drop_seed)
         if self.head is None or self.final_norm is None:
             assert x is not None
             return x

@@ -7,8 +7,7 @@ torch module.
 
 Activations are [N, D]: N tokens, sample after sample. With `sequence_parallel` a column layer takes and a row layer
 returns this rank's N/tensor tokens. Layers made on a real device start with normal weights keyed by one draw from
-torch's default generator, which must be seeded alike on the ranks of the axis; `materialize` (params.py) keys them
-by name instead.
+torch's default generator, which must be seeded alike on the ranks of the axis; a run keys them by name instead.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallax.assemble import build_stage
-from parallax.data.buckets import FlatBuffers
-from parallax.data.replicate import Replicate, Tie
+from parallax.assemble import build_flat, build_stage
+from parallax.data.late import Tie
+from parallax.data.replicate import Replicate
 from parallax.gradients import GradSink, attach
 from parallax.mesh import init_mesh
 from parallax.models.costs import unit_costs
 from parallax.models.transformer import TIED
 from parallax.optimizer import AdamW
-from parallax.params import collect, materialize
+from parallax.params import collect
 from parallax.pipeline.executor import Executor, run_together
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Action, Op, Schedule
@@ -62,18 +62,14 @@ class LocalPipeline:
         for stage, span in enumerate(spans):
             module = build_stage(self.config, self.mesh, range(*span))
             specs[stage], sinks[stage] = collect(module, self.mesh), GradSink()
-            dtype = module.dtype
-            materialize(module, specs[stage], self.config.seed, self.mesh.device, dtype)
             attach(module, sinks[stage])
             self.stages[stage] = module
         ties = []
         if self.config.model.tie_embeddings:
             ties = [Tie(TIED[0], (0, len(spans) - 1), (0, self.schedule.num_ranks - 1))]
         names = {tie.name for tie in ties}
-        self.flats = {
-            s: FlatBuffers(m, specs[s], bucket_bytes=20000, grad_dtype=m.dtype, tied=names)
-            for s, m in self.stages.items()
-        }
+        alone = self.mesh.data
+        self.flats = {s: build_flat(self.config, self.mesh, m, specs[s], names, alone) for s, m in self.stages.items()}
         self.sync = Replicate(self.mesh, self.flats, sinks, ties)
         self.optimizer = AdamW(self.config.optimizer, self.flats)
         transport = LocalTransport()

@@ -151,7 +151,8 @@ def order_of_backward(sequence_parallel: bool) -> list[str]:
     layer = ColumnParallelLinear(WIDTH, HIDDEN, axis, sequence_parallel=sequence_parallel)
     sink, events = GradSink(), []
     attach(layer, sink)
-    sink.buffers = {p: torch.zeros_like(p) for p in layer.parameters()}
+    buffers = {p: torch.zeros_like(p) for p in layer.parameters()}
+    sink.buffer_of = buffers.__getitem__
     sink.on_accumulated = lambda parameter: events.append("weight" if parameter is layer.weight else "bias")
     for name in ("all_reduce_start", "reduce_scatter_start"):
         honest = getattr(layers_file, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import parallax.assemble
 import parallax.models.transformer
 import parallax.step
 from parallax import params
-from parallax.data.replicate import Replicate, _StageSync
+from parallax.data import sync
+from parallax.data.countdown import Countdown
+from parallax.data.replicate import Replicate
 from parallax.tensor import layers
 from tests.cases import GPT2, SEQUENCE_PARALLEL, TIED, train, worst
 
@@ -19,11 +22,11 @@ LOUD = 1e-6
 
 
 def skip_the_data_reduction() -> None:
-    Replicate.launch = lambda self, grads: None  # type: ignore[method-assign]
+    Replicate.launch = lambda self, flat, bucket: None  # type: ignore[method-assign]
 
 
 def skip_a_bucket() -> None:
-    honest = _StageSync._launch_next
+    honest = Countdown._launch_next
 
     def forgetful(self: Any) -> None:
         if self._next == 1:
@@ -31,7 +34,7 @@ def skip_a_bucket() -> None:
         else:
             honest(self)
 
-    _StageSync._launch_next = forgetful  # type: ignore[method-assign]
+    Countdown._launch_next = forgetful  # type: ignore[method-assign]
 
 
 def skip_the_input_gradient_reduction() -> None:
@@ -41,7 +44,7 @@ def skip_the_input_gradient_reduction() -> None:
 
 
 def skip_the_partial_norm_gradients() -> None:
-    Replicate._sum_partial = lambda self: None  # type: ignore[method-assign]
+    sync.sum_partial = lambda flats, mesh: None
 
 
 def count_replicated_gradients_twice() -> None:
@@ -70,8 +73,7 @@ def sum_ties_after_the_data_axis() -> None:
         return honest(*args, **options | {"tied": ()})
 
     def finish(self: Any) -> None:
-        for pending in self._pending:  # or it would depend on the moment which of the two comes first
-            pending.wait()
+        self.wait()  # or it would depend on the moment which of the two comes first
         finish_honestly(self)
 
     finish_honestly = Replicate.finish
@@ -80,16 +82,16 @@ def sum_ties_after_the_data_axis() -> None:
 
 
 def forget_one_use_of_a_tied_weight() -> None:
-    Replicate._sum_ties = lambda self: None  # type: ignore[method-assign]
+    sync.sum_ties = lambda ties, flats, mesh: None
 
 
 def initialise_by_rank() -> None:
-    honest = parallax.assemble.materialize
+    honest = parallax.assemble.fill
 
-    def by_rank(model: Any, specs: Any, seed: int, device: Any, dtype: Any) -> None:
-        honest(model, specs, seed + model.mesh.tensor.rank, device, dtype)
+    def by_rank(out: Any, piece: Any, seed: int, name: str) -> None:
+        honest(out, piece, seed + int(os.environ["RANK"]), name)
 
-    parallax.assemble.materialize = by_rank
+    parallax.assemble.fill = by_rank
 
 
 def lose_a_layer() -> None:

@@ -17,11 +17,11 @@ from tests.cases import GPT2, LLAMA, TIED, advance, start
 
 def launches(mesh: str, changes: dict[str, Any]) -> list[list[str]]:
     """For each of three steps what happened, in order: F/B with the microbatch, and buckets on the data axis."""
-    run, state = start(mesh, **changes)
     events: list[str] = []
     honest_launch = Replicate.launch
-    run.sync.launch = lambda grads: (events.append("bucket"), honest_launch(run.sync, grads))[1]  # type: ignore
+    Replicate.launch = lambda sync, flat, b: (events.append("bucket"), honest_launch(sync, flat, b))[1]  # type: ignore
 
+    run, state = start(mesh, **changes)
     for letter, name in (("F", "_forward"), ("B", "_backward")):
         op = next(op for op in run.pipeline._do if op.value == letter)
         honest = getattr(run.pipeline, name)
@@ -130,8 +130,8 @@ def test_flat_buffers_hold_every_parameter_once_and_aligned():
     ranges = sorted((placed.start, placed.stop) for placed in flat.placed)
     assert all(start % 64 == 0 for start, _ in ranges)
     assert all(stop <= start for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False))
-    assert [b.start for b in flat.buckets][1:] == [b.stop for b in flat.buckets][:-1], "buckets are contiguous"
-    assert flat.buckets[0].start == 0 and flat.buckets[-1].stop == flat.early_stop
+    assert [b.start for b in flat.early][1:] == [b.stop for b in flat.early][:-1], "buckets are contiguous"
+    assert flat.early[0].start == 0 and flat.early[-1].stop == flat.early_stop
     order = [placed.name for placed in flat.placed if placed.start < flat.early_stop]
     layers = [int(name.split(".")[1]) for name in order if name.startswith("layers.")]
     assert layers == sorted(layers, reverse=True), "buckets in reverse order of use"

@@ -78,11 +78,22 @@ def expected(run: Run) -> dict[str, dict[str, int]]:
             statistics = m * (t - 1) * 3 * tokens * FLOAT
             out["tensor"]["all_gather"] = out["tensor"].get("all_gather", 0) + statistics
     if d > 1:
-        # Each parameter starts at a multiple of 64 elements in the flat buffers; a tied one is there once.
+        # Each parameter starts at a multiple of 64 elements in the flat buffers, a tied one is there once; the two
+        # buckets are multiples of 64 a rank.
         (stage,) = run.stages.values()
+        (flat,) = run.flats.values()
         sizes = {q.data_ptr(): q.numel() for q in stage.parameters()}
         params = sum(-(-size // 64) * 64 for size in sizes.values()) * FLOAT
-        out["data"]["all_reduce"] = all_reduce(params, d) + all_reduce(INT, d) + all_reduce(DOUBLE, d)
+        padding = sum(
+            b.stop - b.start - sum(-(-q.parameter.numel() // 64) * 64 for q in b.placed) for b in flat.buckets
+        )
+        assert padding < len(flat.buckets) * 64 * d
+        params += padding * FLOAT
+        out["data"]["all_reduce"] = all_reduce(INT, d) + all_reduce(DOUBLE, d)
+        if d > 2:  # on gloo a sum in rank order is two messages
+            out["data"]["reduce_scatter"] = out["data"]["all_gather"] = (d - 1) * params // d
+        else:
+            out["data"]["all_reduce"] += all_reduce(params, d)
     if p > 1:
         boundary = activation // t if parallel and t > 1 else activation
         out["pipeline"]["send"] = m * boundary * ((not last) + (not first))

@@ -1,0 +1,115 @@
+"""Knows when a bucket's gradients are complete, and says so in bucket order, the same on every rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from parallax.data.buckets import FlatBuffers
+from parallax.data.layout import Bucket, Placed
+from parallax.gradients import GradSink
+
+__all__ = ["Countdown"]
+
+
+class Countdown:
+    """Counts the gradients that a stage's parameters get in its last backward, launches each bucket once it is full.
+
+    How often a parameter is used in one backward shows in the first step, whose buckets all go at its end. Where a
+    bucket's memory goes with it (ZeRO 2 and 3) even the first step must not hold all: there each parameter is expected
+    once, and what comes after its bucket has gone goes at the end. With `each` a bucket goes after every microbatch.
+    launch begins the reduction of one bucket; late buckets are the caller's.
+    """
+
+    def __init__(
+        self, flat: FlatBuffers, sink: GradSink | None, launch: Callable[[Bucket], None], *, each: bool = False
+    ) -> None:
+        self.flat, self._launch, self._each = flat, launch, each
+        self._buckets = flat.early
+        self._bucket_of: dict[nn.Parameter, Bucket] = {p.parameter: b for b in self._buckets for p in b.placed}
+        self._again = flat.level >= 2  # a bucket may go more than once
+        self._expected = Counter(p for p in self._bucket_of if p.requires_grad and self._again)
+        self._learned = self._again
+        self._left: Counter[Bucket] = Counter()
+        self._armed = False
+        self._next = 0
+        if sink is not None:
+            places = {placed.parameter: placed for placed in flat.placed}
+            sink.buffer_of = lambda parameter: flat.grad(places[parameter])
+            sink.on_accumulated = self._accumulated
+        for placed in flat.placed:
+            placed.parameter.register_post_accumulate_grad_hook(self._by_autograd(placed))
+
+    def _by_autograd(self, placed: Placed) -> Callable[[Tensor], None]:
+        """For layers without a sink: autograd has added to param.grad, a view of the buffer where dtypes agree."""
+
+        def hook(parameter: Tensor) -> None:
+            grad = parameter.grad
+            if grad is None:  # a layer has told the sink; torch calls the hook all the same
+                return
+            buffer = self.flat.grad(placed)
+            if grad.data_ptr() != buffer.data_ptr():
+                buffer.add_(grad)
+                parameter.grad = None
+            self._accumulated(placed.parameter)
+
+        return hook
+
+    def arm(self) -> None:
+        """The last backward comes next."""
+        if self._each:
+            return
+        self._armed, self._next = True, 0
+        if not self._learned:
+            self._expected.clear()
+        self._left = Counter({b: sum(self._expected[p.parameter] for p in b.placed) for b in self._buckets})
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        if self._each:
+            self._accumulated_each(parameter)
+            return
+        if not self._armed:
+            return
+        if not self._learned:
+            self._expected[parameter] += 1
+            return
+        bucket = self._bucket_of.get(parameter)
+        if bucket is None:
+            return
+        self._left[bucket] -= 1
+        if self._left[bucket] < 0 and not self._again:
+            raise RuntimeError(
+                "a parameter got a gradient after its bucket was sent: it was used more often in this backward than in "
+                "the first step's; a model must use its parameters equally often in every microbatch"
+            )
+        while self._next < len(self._buckets) and self._left[self._buckets[self._next]] <= 0:
+            self._launch_next()
+
+    def _accumulated_each(self, parameter: nn.Parameter) -> None:
+        bucket = self._bucket_of.get(parameter)
+        if bucket is None:
+            return
+        self._left[bucket] = (self._left[bucket] or self._num_trained(bucket)) - 1
+        if self._left[bucket] == 0:
+            self._launch(bucket)
+
+    @staticmethod
+    def _num_trained(bucket: Bucket) -> int:
+        return sum(placed.parameter.requires_grad for placed in bucket.placed)
+
+    def _launch_next(self) -> None:
+        bucket = self._buckets[self._next]
+        self._next += 1
+        self._launch(bucket)
+
+    def launch_rest(self) -> None:
+        """The last backward is done: launch what is left."""
+        self._left.clear()
+        while self._next < len(self._buckets) and not self._each:
+            self._launch_next()
+        for bucket in self._buckets:
+            if self.flat.has_grads(bucket):
+                self._launch(bucket)
+        self._armed, self._learned, self._next = False, True, 0

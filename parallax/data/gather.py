@@ -1,0 +1,175 @@
+"""Has a stage's parameters in memory when its modules use them, though each rank owns only a part of every bucket.
+
+A block is what is gathered together: a layer of the transformer, the embedding, the head; in any other model each child
+of a ModuleList, ModuleDict or Sequential. What belongs to no block is needed as long as the stage runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from parallax.comm import Pending, all_gather_start
+from parallax.data.buckets import FlatBuffers
+from parallax.data.layout import Bucket
+from parallax.gradients import GradSink
+from parallax.mesh import Axis
+
+__all__ = ["Gather", "block_of", "find_blocks"]
+
+
+def find_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every block; a class with `is_block = True` is one too."""
+    holds_blocks = isinstance(model, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    for name, child in model.named_children():
+        if holds_blocks or getattr(child, "is_block", False):
+            yield prefix + name, child
+        else:
+            yield from find_blocks(child, f"{prefix}{name}.")
+
+
+def block_of(model: nn.Module) -> dict[nn.Parameter, str | None]:
+    """The block that uses each parameter; None for what no block or more than one uses."""
+    found: dict[nn.Parameter, str | None] = {p: None for p in model.parameters()}
+    seen: set[nn.Parameter] = set()
+    for name, block in find_blocks(model):
+        for parameter in block.parameters():
+            found[parameter] = None if parameter in seen else name
+        seen.update(block.parameters())
+    return found
+
+
+class Gather:
+    """Gathers one stage's buckets over `axis`.
+
+    Level 1 and 2: `publish` begins the gathering of every bucket, in order of use, and a block waits for its own
+    just before it runs. Level 3: a block's bucket is gathered before its forward and again before its backward, while
+    the one before it computes, and dropped when another block has begun; with `keep` it stays from the first use to
+    `reshard`. Volume: (n-1)/n of the parameters' bytes for each gathering.
+    """
+
+    def __init__(self, model: nn.Module, flat: FlatBuffers, axis: Axis, sink: GradSink | None, keep: bool) -> None:
+        self.flat, self.axis, self.sink, self.keep = flat, axis, sink, keep
+        self._order = list(reversed(flat.early))
+        self._pending: dict[Bucket, Pending] = {}
+        self._resident: list[Bucket] = []
+        self._running: set[Bucket] = set()  # in their forward
+        self._owing: dict[Bucket, set[nn.Parameter]] = {}  # in their backward: what has no gradient yet
+        bucket_of = {p.parameter: b for b in flat.early for p in b.placed}
+        blocks = block_of(model)
+        root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
+        model.register_forward_pre_hook(lambda module, args: self._begin(root))
+        for _, block in find_blocks(model):
+            buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
+            if buckets:
+                self._watch(block, buckets)
+
+    def _watch(self, block: nn.Module, buckets: list[Bucket]) -> None:
+        if self.flat.level < 3:
+            block.register_forward_pre_hook(lambda module, args: self._wait(buckets))
+            return
+        (bucket,) = buckets
+        block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket))
+        block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output))
+        for placed in bucket.placed:
+            placed.parameter.register_post_accumulate_grad_hook(lambda p: self.accumulated(bucket, p))
+
+    # --- the whole stage ------------------------------------------------------------------------
+
+    def _begin(self, root: Iterable[Bucket]) -> None:
+        """The stage's forward begins: no backward is under way."""
+        self._owing.clear()
+        self.unshard()
+        self._wait(root)
+
+    def unshard(self) -> None:
+        """Gather what no block holds; with `keep` begin to gather all."""
+        if self.flat.level == 3:
+            for bucket in [b for b in self.flat.buckets if b.late] + (self._order if self.keep else self._order[:1]):
+                self._start(bucket)
+        late = self.flat.late
+        self._wait([late] if late else [])
+
+    def reshard(self) -> None:
+        """Drop what level 3 has gathered."""
+        if self.flat.level == 3:
+            for bucket in list(self._resident):
+                self._drop(bucket)
+            self._running.clear()
+            self._owing.clear()
+
+    def publish(self) -> None:
+        """This rank's parameters have changed: send them to those that hold copies."""
+        if self.flat.level == 3:
+            self.reshard()
+            return
+        self._wait(list(self._pending))
+        late = self.flat.late
+        for bucket in ([late] if late else []) + self._order:
+            whole = self.flat.whole_values(bucket)
+            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
+
+    def finish(self) -> None:
+        """Return when nothing is under way."""
+        self._wait(list(self._pending))
+
+    # --- one block ------------------------------------------------------------------------------
+
+    def _before_forward(self, bucket: Bucket) -> None:
+        # In a backward this is a recomputation, and what comes next lies the other way.
+        self._enter(bucket, 0 if bucket in self._owing else 1)
+        self._running.add(bucket)
+
+    def _after_forward(self, bucket: Bucket, output: Any) -> None:
+        self._running.discard(bucket)
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda grad: self._before_backward(bucket))
+
+    def _before_backward(self, bucket: Bucket) -> None:
+        if bucket in self._owing:  # the block has more than one output
+            return
+        self._enter(bucket, -1)
+        self._owing[bucket] = {p.parameter for p in bucket.placed if p.parameter.requires_grad}
+
+    def accumulated(self, bucket: Bucket, parameter: nn.Parameter) -> None:
+        """A parameter has its gradient of this backward."""
+        if bucket in self._owing:
+            self._owing[bucket].discard(parameter)
+
+    def _enter(self, bucket: Bucket, direction: int) -> None:
+        """A block begins: gather it, begin the one that comes next, drop those that are done."""
+        # In an input-gradient pass the weight gradients come later, and need no weights.
+        kept = self.sink is not None and self.sink.keeping
+        for other in list(self._resident):
+            done = kept or not self._owing.get(other)
+            used = other is bucket or other.late or other in self._running or other in self._pending
+            if done and not used and not self.keep:
+                self._drop(other)
+        self._start(bucket)
+        self._wait([bucket])
+        place = self._order.index(bucket) + direction
+        if 0 <= place < len(self._order):
+            self._start(self._order[place])
+
+    def _start(self, bucket: Bucket) -> None:
+        if bucket not in self._resident:
+            self._resident.append(bucket)
+            whole = self.flat.whole_values(bucket)
+            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
+
+    @torch.no_grad()
+    def _wait(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket in self._pending:
+                self._pending.pop(bucket).wait()
+
+    def _drop(self, bucket: Bucket) -> None:
+        self._wait([bucket])
+        self._resident.remove(bucket)
+        self._owing.pop(bucket, None)
+        self.flat.drop(bucket)

@@ -1,0 +1,103 @@
+"""What the executor and the step ask of the data axis, and what its implementations share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+from parallax.data.buckets import FlatBuffers
+from parallax.data.countdown import Countdown
+from parallax.data.late import Tie, sum_partial, sum_ties
+from parallax.data.layout import Bucket
+from parallax.gradients import GradSink
+from parallax.mesh import Mesh
+
+__all__ = ["BucketSync", "GradSync"]
+
+
+class GradSync(Protocol):
+    """Replicate and the levels of ZeRO are implementations; nobody else sees a difference."""
+
+    def zero(self) -> None:
+        """Begin a step: gradients back to zero."""
+        ...
+
+    def unshard(self, stage: int) -> None:
+        """Have the stage's parameters in memory when they are used."""
+        ...
+
+    def reshard(self, stage: int) -> None:
+        """They may go again."""
+        ...
+
+    def arm(self, stage: int) -> None:
+        """The stage's last backward of this step comes next: gradients are final once they are accumulated."""
+        ...
+
+    def reduce(self, stage: int) -> None:
+        """The stage's last backward is done: begin what reductions are left. Must not wait for another stage."""
+        ...
+
+    def finish(self) -> None:
+        """All stages are done: return when the gradients that this rank's optimizer uses are the global sum."""
+        ...
+
+    def publish(self) -> None:
+        """The optimizer has changed its parameters: let every rank have them before they are used."""
+        ...
+
+
+class BucketSync:
+    """Reduces each bucket once it is full, and the late one last, after its sums over tied uses and over tensor.
+
+    flats: the buffers of this rank's stages. sinks: where those stages' layers send weight gradients. each: a bucket is
+    full after every microbatch, not after the last alone.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        flats: Mapping[int, FlatBuffers],
+        sinks: Mapping[int, GradSink],
+        ties: Sequence[Tie] = (),
+        *,
+        each: bool = False,
+    ) -> None:
+        self.mesh, self.flats, self.ties = mesh, flats, ties
+        self._stages = {
+            stage: Countdown(flat, sinks.get(stage), partial(self.launch, flat), each=each)
+            for stage, flat in flats.items()
+        }
+
+    def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
+        """Begin the reduction of one bucket."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Return when every reduction that was begun is done."""
+        raise NotImplementedError
+
+    def zero(self) -> None:
+        for flat in self.flats.values():
+            flat.zero_grads()
+
+    def unshard(self, stage: int) -> None: ...
+
+    def reshard(self, stage: int) -> None: ...
+
+    def publish(self) -> None: ...
+
+    def arm(self, stage: int) -> None:
+        self._stages[stage].arm()
+
+    def reduce(self, stage: int) -> None:
+        self._stages[stage].launch_rest()
+
+    def finish(self) -> None:
+        sum_ties(self.ties, self.flats, self.mesh)
+        sum_partial(self.flats, self.mesh)
+        for flat in self.flats.values():
+            if flat.late is not None:
+                self.launch(flat, flat.late)
+        self.wait()
