@@ -22,7 +22,7 @@ from parallax.errors import ConfigError
 from parallax.gradients import GradSink, attach
 from parallax.mesh import Axis, Mesh, cut_axis
 from parallax.models.transformer import TIED, Transformer
-from parallax.optimizer import AdamW
+from parallax.optimizers import AdamW
 from parallax.params import ParamSpec, collect, fill
 from parallax.pipeline.executor import Executor
 from parallax.pipeline.schedule import Schedule

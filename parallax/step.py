@@ -17,7 +17,7 @@ from parallax.params import ParamSpec
 
 if TYPE_CHECKING:
     from parallax.assemble import Run
-    from parallax.optimizer import AdamW
+    from parallax.optimizers import AdamW
 
 __all__ = ["StepResult", "TrainState", "clip_gradients", "evaluate", "global_loss_and_norm", "train_step"]
 
@@ -71,7 +71,7 @@ def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     config = run.config.optimizer
     clip_gradients(run.flat_grads, norm, config.max_grad_norm)
     lr = config.lr_at(state.step, run.config.steps)
-    state.optimizer.step(lr)
+    state.optimizer.step_at(lr)
     run.sync.publish()
     state.step += 1
     state.tokens += tokens

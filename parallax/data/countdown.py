@@ -24,14 +24,20 @@ class Countdown:
     """
 
     def __init__(
-        self, flat: FlatBuffers, sink: GradSink | None, launch: Callable[[Bucket], None], *, each: bool = False
+        self,
+        flat: FlatBuffers,
+        sink: GradSink | None,
+        launch: Callable[[Bucket], None],
+        *,
+        each: bool = False,
+        learns: bool = True,
     ) -> None:
         self.flat, self._launch, self._each = flat, launch, each
         self._buckets = flat.early
         self._bucket_of: dict[nn.Parameter, Bucket] = {p.parameter: b for b in self._buckets for p in b.placed}
         self._again = flat.level >= 2  # a bucket may go more than once
-        self._expected = Counter(p for p in self._bucket_of if p.requires_grad and self._again)
-        self._learned = self._again
+        self._learned = self._again or not learns
+        self._expected = Counter(p for p in self._bucket_of if p.requires_grad and self._learned)
         self._left: Counter[Bucket] = Counter()
         self._armed = False
         self._next = 0
@@ -82,7 +88,9 @@ class Countdown:
         if self._left[bucket] < 0 and not self._again:
             raise RuntimeError(
                 "a parameter got a gradient after its bucket was sent: it was used more often in this backward than in "
-                "the first step's; a model must use its parameters equally often in every microbatch"
+                "the first step's, or there was a second backward before the optimizer's step. A model must use its "
+                "parameters equally often in every microbatch; all backwards but the last belong into "
+                "`with model.accumulate():`"
             )
         while self._next < len(self._buckets) and self._left[self._buckets[self._next]] <= 0:
             self._launch_next()

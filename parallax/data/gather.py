@@ -113,8 +113,11 @@ class Gather:
             whole = self.flat.whole_values(bucket)
             self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
 
-    def finish(self) -> None:
-        """Return when nothing is under way."""
+    def gather_all(self) -> None:
+        """Return when every parameter is whole."""
+        if self.flat.level == 3:
+            for bucket in self.flat.buckets:
+                self._start(bucket)
         self._wait(list(self._pending))
 
     # --- one block ------------------------------------------------------------------------------

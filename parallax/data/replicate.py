@@ -5,6 +5,8 @@ Sums, never means: the loss is scaled by the global token count before the backw
 
 from __future__ import annotations
 
+from typing import Any
+
 from parallax.comm import Pending, sum_start
 from parallax.data.buckets import FlatBuffers
 from parallax.data.layout import Bucket
@@ -24,11 +26,9 @@ class Replicate(BucketSync):
     that are partial there; and the bytes of each tied parameter once to the peer stage.
     """
 
-    _pending: list[Pending]
-
-    def zero(self) -> None:
-        super().zero()
-        self._pending = []
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pending: list[Pending] = []
 
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
         self._pending.append(sum_start(flat.take_grads(bucket), self.mesh.grad))

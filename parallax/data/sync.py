@@ -52,7 +52,8 @@ class BucketSync:
     """Reduces each bucket once it is full, and the late one last, after its sums over tied uses and over tensor.
 
     flats: the buffers of this rank's stages. sinks: where those stages' layers send weight gradients. each: a bucket is
-    full after every microbatch, not after the last alone.
+    full after every microbatch, not after the last alone. learns: how often each parameter is used shows in the first
+    step; without it is once.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class BucketSync:
         ties: Sequence[Tie] = (),
         *,
         each: bool = False,
+        learns: bool = True,
     ) -> None:
         self.mesh, self.flats, self.ties = mesh, flats, ties
         self._stages = {
-            stage: Countdown(flat, sinks.get(stage), partial(self.launch, flat), each=each)
+            stage: Countdown(flat, sinks.get(stage), partial(self.launch, flat), each=each, learns=learns)
             for stage, flat in flats.items()
         }
 
@@ -87,6 +89,9 @@ class BucketSync:
     def reshard(self, stage: int) -> None: ...
 
     def publish(self) -> None: ...
+
+    def gather_all(self) -> None:
+        """Have every parameter whole and up to date, for who reads them outside of a forward."""
 
     def arm(self, stage: int) -> None:
         self._stages[stage].arm()

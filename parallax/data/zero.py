@@ -45,8 +45,9 @@ class Zero(BucketSync):
         replicas: Axis,
         keep: bool = False,
         each: bool = False,
+        learns: bool = True,
     ) -> None:
-        super().__init__(mesh, flats, sinks, ties, each=each)
+        super().__init__(mesh, flats, sinks, ties, each=each, learns=learns)
         self.shards, self.replicas = shards, replicas
         self._gathers = {
             stage: Gather(models[stage], flat, shards, sinks.get(stage), keep) for stage, flat in flats.items()
@@ -94,7 +95,6 @@ class Zero(BucketSync):
         for gather in self._gathers.values():
             gather.publish()
 
-    def settle(self) -> None:
-        """Return when every rank's parameters are whole (level 1 and 2): for who reads them outside of a forward."""
+    def gather_all(self) -> None:
         for gather in self._gathers.values():
-            gather.finish()
+            gather.gather_all()

@@ -15,7 +15,7 @@ from parallax.gradients import GradSink, attach
 from parallax.mesh import init_mesh
 from parallax.models.costs import unit_costs
 from parallax.models.transformer import TIED
-from parallax.optimizer import AdamW
+from parallax.optimizers import AdamW
 from parallax.params import collect
 from parallax.pipeline.executor import Executor, run_together
 from parallax.pipeline.lower import lower
@@ -98,7 +98,7 @@ class LocalPipeline:
         """The parameters by canonical name, after some steps."""
         for step in range(num_steps):
             self.run(step)
-            self.optimizer.step(0.01)
+            self.optimizer.step_at(0.01)
         return {
             spec.name: spec.view(placed.of(flat.values)).clone()
             for flat in self.flats.values()

@@ -62,6 +62,13 @@ def failure(*argv: str) -> str:
         ("pipeline.schedule=auto pipeline.split=6", ["auto takes no pipeline.split"]),
         ("pipeline.schedule=auto pipeline.max_memory_bytes=9", ["auto takes no pipeline.max_memory_bytes"]),
         ("pipeline.split=6 pipeline.max_memory_bytes=9", ["has nothing to choose"]),
+        ("data.zero=4", ["data.zero=4 is too large; choose less than 4"]),
+        ("data.shard_size=2", ["data.zero is 0; set it to 1, 2 or 3"]),
+        ("mesh=6x1x1 data.zero=1 data.shard_size=4", ["does not divide the 6 data ranks", "choose one of 1, 2, 3, 6"]),
+        ("data.zero=2 data.gather=step", ["data.gather=step is for data.zero=3"]),
+        ("data.zero=1 data.reduce=microbatch", ["data.reduce=microbatch is for data.zero=2 and 3"]),
+        ("recompute=every-0", ["recompute=every-0 is unknown", "as in every-2"]),
+        ("recompute=all", ["selective (the core of attention)"]),
         ("pipeline.schedule=missing.csv", ["missing.csv cannot be read"]),
         ("mesh=1x1x2 pipeline.stages_per_rank=2", ["1f1b has 1 stages a rank", "pipeline.schedule=interleaved"]),
         (

@@ -1,0 +1,321 @@
+"""Any nn.Module, any torch optimizer, over the data axis: what DDP (arXiv:2006.15704), Horovod (arXiv:1802.05799) and
+FSDP do for a training script, in three lines.
+
+    mesh = parallax.init_mesh("4x1x1")
+    model = parallax.data_parallel(model, mesh, zero=1)
+    optimizer = parallax.optimizer(model, torch.optim.AdamW, lr=3e-4)
+
+Then the script goes on as before: forward, loss.backward(), optimizer.step(). Gradients are means over the data ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallax.comm import all_reduce, broadcast
+from parallax.data.buckets import FlatBuffers
+from parallax.data.gather import block_of
+from parallax.data.replicate import Replicate
+from parallax.data.sync import BucketSync
+from parallax.data.zero import Zero
+from parallax.errors import ConfigError
+from parallax.mesh import Mesh, cut_axis
+from parallax.optimizers import FlatOptimizer
+from parallax.params import collect
+from parallax.step import clip_gradients, global_loss_and_norm
+
+__all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
+
+
+def data_parallel(module: nn.Module, mesh: Mesh, **options: Any) -> DataParallel:
+    """Wrap a module for the data axis of a mesh; see DataParallel for the options."""
+    return DataParallel(module, mesh, **options)
+
+
+def optimizer(model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Optimizer:
+    """A torch optimizer for what this rank updates; kind is its class, options its own. See Optimizer."""
+    return Optimizer(model, kind, **options)
+
+
+class DataParallel(nn.Module):
+    """Calls the module, and reduces its gradients over mesh.grad while the backward runs.
+
+    zero: 0 keeps copies of all, 1 cuts the optimizer's state, 2 gradients too, 3 parameters too, gathered block by
+    block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once. shard_size: cut
+    over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
+    ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
+    before the first training forward of every step, as in DDP. Parameters without a gradient count as zero.
+
+    Collectives: a broadcast of the state; a step's are those of Replicate or Zero. Raises ConfigError for a mesh with a
+    pipeline, for parameters of more than one dtype or device, and for a zero or shard_size that cannot be.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        *,
+        zero: int = 0,
+        shard_size: int | None = None,
+        gather: str = "block",
+        bucket_bytes: int = 25 * 2**20,
+        broadcast_buffers: bool = True,
+        no_decay: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        _check(module, mesh, zero, shard_size, gather)
+        self.module, self.mesh, self.broadcast_buffers = module, mesh, broadcast_buffers
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if not tensor.is_meta:
+                broadcast(tensor.detach(), mesh.grad)
+        decays = {n: not any(fnmatch(n, pattern) for pattern in no_decay) for n, _ in module.named_parameters()}
+        specs = [replace(spec, decay=spec.decay and decays[spec.parameter]) for spec in collect(module, mesh)]
+        self.order = {spec.name: place for place, spec in enumerate(specs)}
+        size = (shard_size or mesh.grad.size) if zero else 1
+        self.shards, replicas = cut_axis(mesh, mesh.grad, ("data", "context"), size)
+        names, blocks = dict(module.named_parameters()), block_of(module)
+        dtype = next(module.parameters()).dtype
+        self.flat = FlatBuffers(
+            module,
+            specs,
+            bucket_bytes=bucket_bytes,
+            grad_dtype=dtype if dtype.itemsize >= 4 else torch.float32,
+            device=mesh.device,
+            level=zero,
+            ranks=mesh.grad.size,
+            shards=self.shards,
+            group_of=lambda name: blocks[names[name]],
+        )
+        flats = {0: self.flat}
+        self.sync: BucketSync = Replicate(mesh, flats, {}, learns=False)
+        if self.shards.size > 1:
+            self.sync = Zero(
+                mesh,
+                flats,
+                {},
+                models={0: module},
+                shards=self.shards,
+                replicas=replicas,
+                keep=gather == "step",
+                learns=False,
+            )
+        self._accumulating = self._joining = False
+        self.active = True
+        self.num_active = mesh.grad.size
+        self._when_loaded: list[Callable[[], None]] = []
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Gradients back to zero; what was under way is dropped."""
+        self.sync.wait()
+        self.sync.zero()
+        self.armed = self.reduced = False
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        if self.training and torch.is_grad_enabled() and not self._accumulating and not self.armed:
+            if self._joining:
+                self.agree(active=True)
+            self._arm()
+        return self.module(*args, **options)
+
+    def _arm(self) -> None:
+        self.sync.arm(0)
+        self.armed = True
+        self._send_buffers()
+
+    def _send_buffers(self) -> None:
+        if self.broadcast_buffers and self.mesh.grad.size > 1:
+            for buffer in self.module.buffers():
+                broadcast(buffer, self.mesh.grad)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """For every backward but the last before a step: gradients add up here, and nothing is sent."""
+        self._accumulating = True
+        try:
+            yield
+        finally:
+            self._accumulating = False
+
+    def reduce(self) -> None:
+        """Return when this rank's gradients are the mean over the ranks that took part. Once a step."""
+        if self.reduced:
+            return
+        if not self.armed:
+            self._arm()
+        self.sync.reduce(0)
+        self.sync.finish()
+        for segment in self.flat.segments:
+            self.flat.grads_of(segment).mul_(1.0 / self.num_active)
+        self.reduced = True
+
+    # --- ranks with fewer batches ---------------------------------------------------------------
+
+    @contextmanager
+    def join(self, optimizer: Optimizer) -> Iterator[None]:
+        """Around a loop in which ranks may have different numbers of batches: a rank that is done takes part in the
+        others' steps, with no gradient of its own, until all are done. Not for zero=3.
+
+        The mean is over the ranks that still have batches. Sends 8 bytes a step more.
+        """
+        if self.flat.level == 3:
+            raise ConfigError(
+                "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
+            )
+        self._joining = True
+        try:
+            yield
+            while self.agree(active=False):
+                self._arm()
+                optimizer.step()
+        finally:
+            self._joining, self.active, self.num_active = False, True, self.mesh.grad.size
+
+    @property
+    def joining(self) -> bool:
+        return self._joining
+
+    def agree(self, *, active: bool) -> int:
+        """How many ranks have a batch for the coming step."""
+        self.active = active
+        count = torch.tensor([int(active)], dtype=torch.int64, device=self.mesh.device)
+        self.num_active = int(all_reduce(count, self.mesh.grad).item())
+        return self.num_active
+
+    # --- whole parameters -----------------------------------------------------------------------
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it every parameter is whole and up to date on every rank; changes to them are lost."""
+        self.sync.gather_all()
+        try:
+            yield
+        finally:
+            self.sync.reshard(0)
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """The module's own state, whole and the same on every rank, under the module's own names. A collective."""
+        self._send_buffers()
+        with self.gathered():
+            found = self.module.state_dict(*args, **options)
+            return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the module's own state on every rank. Its memory is kept (assign does nothing)."""
+        with self.gathered():
+            found = self.module.load_state_dict(state_dict, strict)
+            for bucket in self.flat.buckets if self.flat.level == 3 else ():
+                whole = self.flat.whole_values(bucket)
+                self.flat.own_values(bucket).copy_(whole[bucket.own[0] - bucket.start : bucket.own[1] - bucket.start])
+        for refresh in self._when_loaded:
+            refresh()
+        return found
+
+    def when_loaded(self, refresh: Callable[[], None]) -> None:
+        """Have something called after load_state_dict."""
+        self._when_loaded.append(refresh)
+
+
+def _check(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
+    parameters = list(module.parameters())
+    if not parameters:
+        raise ConfigError("the module has no parameters; there is nothing to train")
+    if mesh.pipeline.size > 1:
+        raise ConfigError(
+            f"data_parallel wraps a whole model, the mesh has pipeline={mesh.pipeline.size}; use recipes/gpt.py"
+        )
+    kinds = {(p.dtype, p.device.type) for p in parameters}
+    if len(kinds) > 1:
+        raise ConfigError(f"the parameters are of {len(kinds)} kinds ({', '.join(map(str, kinds))}); make them one")
+    if zero not in (0, 1, 2, 3):
+        raise ConfigError(f"zero={zero} is unknown; choose 0, 1, 2 or 3")
+    if gather not in ("block", "step"):
+        raise ConfigError(f"gather={gather} is unknown; choose block or step")
+    if shard_size is not None and (zero == 0 or mesh.grad.size % shard_size):
+        raise ConfigError(f"shard_size={shard_size} needs zero=1 to 3 and must divide the {mesh.grad.size} data ranks")
+    (kind,) = kinds
+    if kind[1] not in ("meta", mesh.device.type):
+        raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
+
+    `step` first waits for the reduction of the gradients; `clip_grad_norm_` does so too, and is to be used instead of
+    torch's, since a rank may have a part of the gradients alone. Learning-rate schedulers of torch work on it.
+    """
+
+    def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+        # Not torch's own __init__: the parameters and their state are the inner optimizer's.
+        decay = options.get("weight_decay")
+        self.model = model
+        self._flat = FlatOptimizer(
+            {0: model.flat},
+            lambda groups: kind(groups, **options),
+            lambda segment: {} if segment.decay or not decay else {"weight_decay": 0.0},
+        )
+        self.inner = self._flat.inner
+        self.defaults = self.inner.defaults
+        model.when_loaded(self._flat.refresh)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def synchronize(self) -> None:
+        """Wait until the gradients are reduced, for who wants to look at them before the step."""
+        self.model.reduce()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
+        self.model.reduce()
+        flat, model = self.model.flat, self.model
+        pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
+        zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
+        _, norm = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
+        clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Reduce what is left, update, let every rank have the new parameters, and begin with zero gradients."""
+        if closure is not None:
+            raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
+        self.model.reduce()
+        if self.model.joining:
+            self._agree_on_rates()
+        self._flat.step()
+        self.model.sync.publish()
+        self.model.begin_step()
+
+    def _agree_on_rates(self) -> None:
+        """A rank that has run out of batches has no scheduler that goes on: take the others' learning rates."""
+        rates = [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
+        agreed = torch.tensor(rates, dtype=torch.float64, device=self.model.mesh.device)
+        for group, rate in zip(
+            self.param_groups, all_reduce(agreed, self.model.mesh.grad, "max").tolist(), strict=True
+        ):
+            group["lr"] = rate
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; after `step` they are zero already."""
+        self.model.begin_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state: this rank's part of it."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
