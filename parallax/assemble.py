@@ -28,12 +28,18 @@ from parallax.pipeline.executor import Executor
 from parallax.pipeline.schedule import Schedule
 from parallax.pipeline.schedules import forward_only
 from parallax.pipeline.transport import P2P
+from parallax.precision.loss_scale import LossScale
 from parallax.stage_plan import StagePlan, plan_stages, prove
 from parallax.step import TrainState
 
 __all__ = ["DTYPES", "Run", "assemble", "build_stage"]
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,11 +139,12 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     sinks = {s: GradSink() for s in stages}
     for s, stage in stages.items():
         attach(stage, sinks[s])
-    sync: BucketSync = Replicate(mesh, flats, sinks, ties)
+    wish = config.precision.reduce_dtype
+    options: dict[str, Any] = {"reduce_dtype": None if wish == "gradient" else DTYPES[wish]}
     if shards.size > 1:
-        keep, each = config.data.gather == "step", config.data.reduce == "microbatch"
-        options = {"models": stages, "shards": shards, "replicas": replicas, "keep": keep, "each": each}
-        sync = Zero(mesh, flats, sinks, ties, **options)  # type: ignore[arg-type]
+        options |= {"models": stages, "shards": shards, "replicas": replicas}
+        options |= {"keep": config.data.gather == "step", "each": config.data.reduce == "microbatch"}
+    sync: BucketSync = (Zero if shards.size > 1 else Replicate)(mesh, flats, sinks, ties, **options)
     transport = P2P(mesh, schedule.num_stages)
     pipeline, evaluator = (
         Executor(stages, sinks, s, rank, transport, sync, mesh.device)  # type: ignore[arg-type]
@@ -157,7 +164,10 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         pipeline=pipeline,
         evaluator=evaluator,
     )
-    return run, TrainState(AdamW(config.optimizer, flats))
+    scale = LossScale()
+    if config.dtype == "float16":
+        scale = LossScale(config.precision.loss_scale, config.precision.loss_scale_window)
+    return run, TrainState(AdamW(config.optimizer, flats), scale)
 
 
 def build_flat(

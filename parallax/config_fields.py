@@ -28,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PipelineConfig",
+    "PrecisionConfig",
     "TensorConfig",
     "ValidationConfig",
     "keys",
@@ -129,6 +130,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    reduce_dtype: Literal["gradient", "float32", "bfloat16", "float16"] = key(
+        "gradient", "dtype in which gradients travel over data ranks; gradient = as they are added up"
+    )
+    loss_scale: float = key(65536.0, "float16: first factor on the loss", least=1)
+    loss_scale_window: int = key(1000, "float16: steps without overflow until the factor doubles", least=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
     lr: float = key(1e-3, "peak learning rate", above=0)
     weight_decay: float = key(0.1, "decoupled weight decay of AdamW", least=0)
@@ -177,7 +187,8 @@ class Config:
     steps: int = key(200, "optimizer steps", least=1)
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
-    dtype: Literal["float32", "float64", "bfloat16"] = key("float32", "dtype of the parameters")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = key("float32", "dtype of parameters and activations")
+    on_nan: Literal["stop", "skip"] = key("stop", "a gradient that is not finite: stop, or skip the step")
     recompute: str = key("none", "activations computed again in the backward: none, selective, full or every-N")
     output: str = key("auto", "directory of this run; auto = the next free runs/NNN")
     resume: str = key("none", "none, auto (the latest checkpoint in output), or a checkpoint directory")
@@ -189,6 +200,7 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tensor: TensorConfig = field(default_factory=TensorConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -68,6 +68,11 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
 class Metrics:
     """Writes what happens on rank 0; silent elsewhere, at the same cost in collectives: none.
 
@@ -95,6 +100,7 @@ class Metrics:
             output.mkdir(parents=True, exist_ok=True)
             self._file = open(output / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._times: list[float] = []
+        self._skipped = 0
         self._last = clock()
         self._lap: float | None = None
 
@@ -128,6 +134,7 @@ class Metrics:
             "step_s": step_s,
             "peak_memory_bytes": peak_memory_bytes(self.mesh.device),
             "mfu": self._mfu(result.tokens / step_s),
+            "skipped": int(bool(result.skipped)),
             **extra,
         }
         if self._file is not None:
@@ -135,6 +142,9 @@ class Metrics:
             finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
+        self._skipped += bool(result.skipped)
+        if result.skipped:
+            self.say(f"step {result.step} is skipped, the {_ordinal(self._skipped)} of this start: {result.skipped}")
         if result.step % self.log_every == 0 or result.step in (1, self.num_steps):
             self.say(self._line(row, extra))
 

@@ -22,7 +22,7 @@ from parallax.mesh import MeshShape
 
 __all__ = ["BOUNDS", "Row", "compare", "run_parity", "train_rows"]
 
-BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2}
+BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 """The largest relative difference of loss or gradient norm that rounding explains in the first steps; later on training
 spreads any rounding. A wrong reduction moves the norm by percents in the first step; in float64 nothing hides."""
 

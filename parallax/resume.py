@@ -94,6 +94,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> Path:
         """Write every rank's boxes; returns the new directory. Raises CheckpointError, on every rank alike."""
         counts: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "mesh": str(self.run.mesh.shape)}
+        counts |= state.loss_scale.state()
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
         keep = self.run.config.checkpoint.keep
@@ -119,7 +120,8 @@ class Checkpoints:
         self._check_same(Path(name), saved)
         checkpoint.load(Path(name), self._entries(state), self._exchange)
         state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
-        state.optimizer.set_step(state.step)
+        state.loss_scale.load(saved)
+        state.optimizer.set_step(state.step - state.loss_scale.skipped)
         state.optimizer.publish()
         self.run.sync.publish()
         return Path(name)

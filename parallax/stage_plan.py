@@ -108,9 +108,9 @@ class _Memory:
 
     def __init__(self, config: Config, units: tuple[Unit, ...], schedule: Schedule) -> None:
         tensor = config.mesh_shape.tensor
-        size = {"float64": 8, "float32": 4, "bfloat16": 2}[config.dtype]
+        size = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
         grad: float = size if config.dtype == "float64" or config.data.grad_dtype == "parameter" else 4
-        master = 4 if config.dtype == "bfloat16" else 0
+        master = 4 if size == 2 else 0
         moments = 2 * max(4, size)
         elements = unit_activations(
             config.model,

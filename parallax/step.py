@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from parallax.batches import Batch
-from parallax.comm import all_reduce
+from parallax.comm import all_reduce, gather_json
 from parallax.mesh import Axis, Mesh
 from parallax.params import ParamSpec
+from parallax.precision.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from parallax.assemble import Run
@@ -27,14 +28,15 @@ class TrainState:
     """What a resumed run must have again: parameters (in the optimizer's flat buffers), its state, and the counts."""
 
     optimizer: AdamW
+    loss_scale: LossScale = field(default_factory=LossScale)
     step: int = 0
     tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """step: how many are done. loss and grad_norm: of the global batch, before clipping. tokens: targets of this
-    step.
+    """step: how many are done. loss and grad_norm: of the global batch, before clipping. tokens: targets of this step.
+    skipped: why the step changed no parameter, or nothing.
     """
 
     step: int
@@ -42,14 +44,16 @@ class StepResult:
     grad_norm: float
     lr: float
     tokens: int
+    skipped: str = ""
 
 
 def train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     """One optimizer step over one global batch. The same for every mesh.
 
     Collectives: the token count over mesh.grad, the pipeline's and the layers' own, the gradients, and the loss with
-    the norm in one small vector over tensor and pipeline. Raises FloatingPointError on every rank where the norm is
-    not finite; parameters are then as before the step.
+    the norm in one small vector over tensor and pipeline. Where the norm is not finite no parameter changes, on any
+    rank: in float16 the step is skipped and the loss scale halved, else on_nan decides: FloatingPointError on every
+    rank alike, or a skipped step.
     """
     try:
         return _train_step(run, state, batch)
@@ -61,21 +65,43 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
 def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     tokens = count_tokens(batch, run.mesh)
     run.sync.zero()
-    scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=1.0 / max(1, tokens))
+    scale = state.loss_scale.value
+    scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=scale / max(1, tokens))
     loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards)
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"step {state.step + 1}: the gradient norm is {norm} (loss {loss}); the parameters are those of step "
-            f"{state.step}. A lower optimizer.lr or more optimizer.warmup_steps helps most often"
-        )
+    loss, norm = loss / scale, norm / scale
     config = run.config.optimizer
-    clip_gradients(run.flat_grads, norm, config.max_grad_norm)
     lr = config.lr_at(state.step, run.config.steps)
-    state.optimizer.step_at(lr)
-    run.sync.publish()
+    skipped = "" if math.isfinite(norm) else explain(run, state, loss, norm)
+    if not skipped:
+        clip_gradients(run.flat_grads, norm, config.max_grad_norm, scale)
+        state.optimizer.step_at(lr)
+        run.sync.publish()
+    state.loss_scale.update(not skipped)
     state.step += 1
     state.tokens += tokens
-    return StepResult(step=state.step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
+    return StepResult(state.step, loss, norm, lr, tokens, skipped)
+
+
+def explain(run: Run, state: TrainState, loss: float, norm: float) -> str:
+    """What is wrong with a step whose norm is not finite: the first parameter and the ranks that hold the gradients.
+
+    Raises FloatingPointError where such a step shall end the run. Collectives: a JSON text over the world.
+    """
+    bad = [spec.name for spec, grad in run.grads if not bool(grad.isfinite().all())]
+    everywhere = gather_json(sorted(set(bad), key=run.order.__getitem__)[:1], run.mesh.world, run.mesh.device)
+    found = [(run.order[names[0]], names[0], rank) for rank, names in enumerate(everywhere) if names]
+    where = "no gradient alone is"
+    if found:
+        _, name, _ = min(found)
+        ranks = ", ".join(str(rank) for _, other, rank in found if other == name)
+        where = f"first in {name} (rank {ranks})"
+    text = f"the gradient norm is {norm} (loss {loss}), {where}"
+    if run.config.dtype == "float16" or run.config.on_nan == "skip":
+        return text
+    raise FloatingPointError(
+        f"step {state.step + 1}: {text}; the parameters are those of step {state.step}. A lower optimizer.lr or more "
+        "optimizer.warmup_steps helps most often; on_nan=skip goes on without such steps"
+    )
 
 
 def count_tokens(batch: Batch, mesh: Mesh) -> int:
@@ -95,10 +121,10 @@ def global_loss_and_norm(
 
     The sum of squares of each parameter is taken in float64 and laid in a vector by canonical order, so that no
     stage split changes the order in which they are added; a parameter that several ranks hold counts once.
-    shards: the axis over which the gradients are cut (ZeRO). Collectives: 8 bytes over mesh.grad, then 8 bytes a
-    canonical parameter over shards, tensor and pipeline.
+    A norm that is not finite on one rank is so on all, whatever the cause: nobody takes a step that another skips.
+    shards: the axis over which the gradients are cut (ZeRO). Collectives: 8 bytes a canonical parameter over shards,
+    tensor and pipeline, then 16 bytes over mesh.grad.
     """
-    loss = all_reduce(scaled_loss.detach().clone().view(1), mesh.grad)
     vector = torch.zeros(len(order) + 1, dtype=torch.float64, device=mesh.device)
     counted = [(spec, grad) for spec, grad in grads if spec.owned and grad.numel()]
     if counted:
@@ -108,17 +134,23 @@ def global_loss_and_norm(
     if shards is not None:
         all_reduce(vector, shards)
     if mesh.tensor.rank == 0:  # tensor ranks hold the same loss
-        vector[-1] = loss[0]
+        vector[-1] = scaled_loss.detach()
     all_reduce(all_reduce(vector, mesh.tensor), mesh.pipeline)
-    total, reduced = torch.stack([vector[:-1].sum(), vector[-1]]).tolist()
-    return reduced, math.sqrt(total)
+    total = vector[:-1].sum()
+    overflow = torch.where(total.isfinite(), 0.0, total)
+    loss, bad = all_reduce(torch.stack([vector[-1], overflow]), mesh.grad).tolist()
+    return loss, bad if bad else math.sqrt(total.item())
 
 
-def clip_gradients(flat_grads: Sequence[Tensor], norm: float, max_norm: float) -> None:
-    """Scale the gradients so that their norm is at most max_norm; 0 leaves them alone."""
-    if max_norm and norm > max_norm:
+def clip_gradients(flat_grads: Sequence[Tensor], norm: float, max_norm: float, scale: float = 1.0) -> None:
+    """Divide the gradients by scale, and scale them so that their norm is at most max_norm; 0 does not clip.
+
+    norm: after the division.
+    """
+    factor = max_norm / (norm + 1e-6) if max_norm and norm > max_norm else 1.0
+    if factor != 1.0 or scale != 1.0:
         for grads in flat_grads:
-            grads.mul_(max_norm / (norm + 1e-6))
+            grads.mul_(factor / scale)
 
 
 @torch.no_grad()

@@ -94,18 +94,12 @@ class DataParallel(nn.Module):
             group_of=lambda name: blocks[names[name]],
         )
         flats = {0: self.flat}
-        self.sync: BucketSync = Replicate(mesh, flats, {}, learns=False)
+        cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
+        self.sync: BucketSync
         if self.shards.size > 1:
-            self.sync = Zero(
-                mesh,
-                flats,
-                {},
-                models={0: module},
-                shards=self.shards,
-                replicas=replicas,
-                keep=gather == "step",
-                learns=False,
-            )
+            self.sync = Zero(mesh, flats, {}, learns=False, **cut)  # type: ignore[arg-type]
+        else:
+            self.sync = Replicate(mesh, flats, {}, learns=False)
         self._accumulating = self._joining = False
         self.active = True
         self.num_active = mesh.grad.size

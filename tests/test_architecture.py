@@ -44,6 +44,7 @@ RANK = {
     "batches": 10,
     "tensor": 10,
     "pipeline": 10,
+    "precision": 10,
     "data": 10,
     "checkpoint": 10,
     "optimizers": 11,

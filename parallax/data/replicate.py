@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from parallax.comm import Pending, sum_start
 from parallax.data.buckets import FlatBuffers
 from parallax.data.layout import Bucket
@@ -28,14 +30,17 @@ class Replicate(BucketSync):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._pending: list[Pending] = []
+        self._pending: list[tuple[Tensor, Pending]] = []
 
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
-        self._pending.append(sum_start(flat.take_grads(bucket), self.mesh.grad))
-        for pending in self._pending[-1 - UNDER_WAY : -UNDER_WAY]:
+        grads = flat.take_grads(bucket)
+        self._pending.append((grads, sum_start(self.to_send(grads), self.mesh.grad)))
+        for _, pending in self._pending[-1 - UNDER_WAY : -UNDER_WAY]:
             pending.advance()
 
     def wait(self) -> None:
-        for pending in self._pending:
-            pending.wait()
+        for grads, pending in self._pending:
+            total = pending.wait()
+            if total.dtype != grads.dtype:
+                grads.copy_(total)
         self._pending.clear()

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from parallax.data.buckets import FlatBuffers
 from parallax.data.countdown import Countdown
 from parallax.data.late import Tie, sum_partial, sum_ties
@@ -53,7 +56,7 @@ class BucketSync:
 
     flats: the buffers of this rank's stages. sinks: where those stages' layers send weight gradients. each: a bucket is
     full after every microbatch, not after the last alone. learns: how often each parameter is used shows in the first
-    step; without it is once.
+    step; without it is once. reduce_dtype: in which gradients travel; None is their own.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class BucketSync:
         *,
         each: bool = False,
         learns: bool = True,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
+        self.reduce_dtype = reduce_dtype
         self.mesh, self.flats, self.ties = mesh, flats, ties
         self._stages = {
             stage: Countdown(flat, sinks.get(stage), partial(self.launch, flat), each=each, learns=learns)
@@ -75,6 +80,10 @@ class BucketSync:
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
         """Begin the reduction of one bucket."""
         raise NotImplementedError
+
+    def to_send(self, grads: Tensor) -> Tensor:
+        """The gradients in the dtype in which they travel."""
+        return grads if self.reduce_dtype is None else grads.to(self.reduce_dtype)
 
     def wait(self) -> None:
         """Return when every reduction that was begun is done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from parallax.comm import Pending, all_reduce_start, reduce_scatter_start
@@ -46,8 +47,9 @@ class Zero(BucketSync):
         keep: bool = False,
         each: bool = False,
         learns: bool = True,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(mesh, flats, sinks, ties, each=each, learns=learns)
+        super().__init__(mesh, flats, sinks, ties, each=each, learns=learns, reduce_dtype=reduce_dtype)
         self.shards, self.replicas = shards, replicas
         self._gathers = {
             stage: Gather(models[stage], flat, shards, sinks.get(stage), keep) for stage, flat in flats.items()
@@ -60,7 +62,7 @@ class Zero(BucketSync):
         self._filled.clear()
 
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
-        pending = reduce_scatter_start(flat.take_grads(bucket), self.shards)
+        pending = reduce_scatter_start(self.to_send(flat.take_grads(bucket)), self.shards)
         self._pending.append((flat, bucket, pending))
         while flat.level >= 2 and len(self._pending) > UNDER_WAY:
             self._retire()
@@ -77,13 +79,12 @@ class Zero(BucketSync):
     def wait(self) -> None:
         while self._pending:
             self._retire()
-        sums = [
-            all_reduce_start(flat.own_grads(bucket), self.replicas)
-            for flat in self.flats.values()
-            for bucket in flat.buckets
-        ]
-        for pending in sums:
-            pending.wait()
+        own = [flat.own_grads(bucket) for flat in self.flats.values() for bucket in flat.buckets]
+        sums = [all_reduce_start(self.to_send(grads), self.replicas) for grads in own] if self.replicas.size > 1 else []
+        for grads, pending in zip(own, sums, strict=False):
+            total = pending.wait()
+            if total is not grads:
+                grads.copy_(total)
 
     def unshard(self, stage: int) -> None:
         self._gathers[stage].unshard()

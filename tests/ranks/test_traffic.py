@@ -89,7 +89,7 @@ def expected(run: Run) -> dict[str, dict[str, int]]:
         )
         assert padding < len(flat.buckets) * 64 * d
         params += padding * FLOAT
-        out["data"]["all_reduce"] = all_reduce(INT, d) + all_reduce(DOUBLE, d)
+        out["data"]["all_reduce"] = all_reduce(INT, d) + all_reduce(2 * DOUBLE, d)
         if d > 2:  # on gloo a sum in rank order is two messages
             out["data"]["reduce_scatter"] = out["data"]["all_gather"] = (d - 1) * params // d
         else:
