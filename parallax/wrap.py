@@ -110,6 +110,7 @@ class DataParallel(nn.Module):
         """Gradients back to zero; what was under way is dropped."""
         self.sync.wait()
         self.sync.zero()
+        self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
 
     def forward(self, *args: Any, **options: Any) -> Any:
@@ -146,8 +147,10 @@ class DataParallel(nn.Module):
             self._arm()
         self.sync.reduce(0)
         self.sync.finish()
-        for segment in self.flat.segments:
-            self.flat.grads_of(segment).mul_(1.0 / self.num_active)
+        if self._joining:  # only now is it known how many took part
+            for segment in self.flat.segments:
+                self.flat.grads_of(segment).mul_(1.0 / self.num_active)
+        self.flat.show_grads()
         self.reduced = True
 
     # --- ranks with fewer batches ---------------------------------------------------------------
@@ -164,6 +167,7 @@ class DataParallel(nn.Module):
                 "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
             )
         self._joining = True
+        self.begin_step()
         try:
             yield
             while self.agree(active=False):
@@ -171,6 +175,7 @@ class DataParallel(nn.Module):
                 optimizer.step()
         finally:
             self._joining, self.active, self.num_active = False, True, self.mesh.grad.size
+        self.begin_step()
 
     @property
     def joining(self) -> bool:

@@ -131,9 +131,10 @@ class FlatBuffers(FlatLayout):
         self._grads = zeros(self.end - self._kept_from)
         self._grad_shards = zeros(self.own_size if self.level >= 2 else 0)
         self._lent: dict[Bucket, Tensor] = {}
-        if self.level < 2 and self.grad_dtype == self.dtype:
-            for placed in self.placed:
-                placed.parameter.grad = self.grad(placed)
+        self._fresh: set[Placed] = set()  # no gradient yet in this step: the memory holds the last one's
+        self.grad_scale = 1.0
+        self._shows = self.level < 2 and self.grad_dtype == self.dtype
+        self.zero_grads()
 
     @property
     def grads(self) -> Tensor:
@@ -141,7 +142,44 @@ class FlatBuffers(FlatLayout):
         return self._grads
 
     def grad(self, placed: Placed) -> Tensor:
-        """Where a parameter's gradient adds up before it is reduced."""
+        """Where a parameter's gradient adds up before it is reduced; `param.grad` is that memory where dtypes agree."""
+        view = self._memory(placed)
+        if placed in self._fresh:
+            self._touch(placed, view.zero_())
+        return view
+
+    def add_grad(self, placed: Placed, grad: Tensor) -> None:
+        """Add what autograd has put into param.grad, times `grad_scale`, unless it is the buffer already."""
+        view = self._memory(placed)
+        if self.grad_scale != 1.0:
+            self._add_scaled(placed, grad, view)
+        elif placed in self._fresh:
+            self._touch(placed, view.copy_(grad))
+        elif grad.data_ptr() != view.data_ptr():
+            view.add_(grad)
+            placed.parameter.grad = None
+
+    def _add_scaled(self, placed: Placed, grad: Tensor, view: Tensor) -> None:
+        """The scale costs nothing on the way into the buffer; autograd itself must not add there."""
+        if placed not in self._fresh:
+            view.add_(grad, alpha=self.grad_scale)
+        elif grad.dtype == view.dtype:
+            torch.mul(grad, self.grad_scale, out=view)
+        else:
+            view.copy_(grad).mul_(self.grad_scale)
+        self._fresh.discard(placed)
+        placed.parameter.grad = None
+
+    def show_grads(self) -> None:
+        """Let `param.grad` be the buffer, where a rank has all of it."""
+        for placed in self.placed if self._shows else ():
+            placed.parameter.grad = self._memory(placed)
+
+    def _touch(self, placed: Placed, view: Tensor) -> None:
+        self._fresh.discard(placed)
+        placed.parameter.grad = view if self._shows else None
+
+    def _memory(self, placed: Placed) -> Tensor:
         if placed.start >= self._kept_from:
             return placed.of(self._grads, self._kept_from)
         bucket = self._bucket_of[placed]
@@ -155,6 +193,9 @@ class FlatBuffers(FlatLayout):
 
     def take_grads(self, bucket: Bucket) -> Tensor:
         """A bucket's gradients, for the reduction; from level 2 on their memory is the caller's to let go."""
+        for placed in bucket.placed:
+            if placed in self._fresh and placed.start >= self._kept_from:  # nobody used it
+                self._memory(placed).zero_()
         if bucket.start >= self._kept_from:
             return self._grads[bucket.start - self._kept_from : bucket.stop - self._kept_from]
         if bucket in self._lent:
@@ -172,8 +213,11 @@ class FlatBuffers(FlatLayout):
         return _cut(self._grads, segment) if self.level < 2 else _cut_own(self._grad_shards, segment)
 
     def zero_grads(self) -> None:
-        self._grads.zero_()
+        """Begin a step. The memory is not touched before a gradient comes, which then overwrites what there was."""
+        self._fresh.update(self.placed)
         self._lent.clear()
+        for placed in self.placed:
+            placed.parameter.grad = None
 
 
 def _cut(flat: Tensor, segment: Segment) -> Tensor:

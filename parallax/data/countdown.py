@@ -49,16 +49,13 @@ class Countdown:
             placed.parameter.register_post_accumulate_grad_hook(self._by_autograd(placed))
 
     def _by_autograd(self, placed: Placed) -> Callable[[Tensor], None]:
-        """For layers without a sink: autograd has added to param.grad, a view of the buffer where dtypes agree."""
+        """For layers without a sink: autograd has put or added something into param.grad."""
 
         def hook(parameter: Tensor) -> None:
             grad = parameter.grad
             if grad is None:  # a layer has told the sink; torch calls the hook all the same
                 return
-            buffer = self.flat.grad(placed)
-            if grad.data_ptr() != buffer.data_ptr():
-                buffer.add_(grad)
-                parameter.grad = None
+            self.flat.add_grad(placed, grad)
             self._accumulated(placed.parameter)
 
         return hook

@@ -125,7 +125,8 @@ def test_a_gradient_after_its_bucket_is_an_error_not_a_wrong_sum(ranks):
 
 
 def test_flat_buffers_hold_every_parameter_once_and_aligned():
-    run, _ = start("1x1x1", **GPT2 | TIED)
+    run, state = start("1x1x1", **GPT2 | TIED)
+    advance(run, state, 1)
     (flat,) = run.flats.values()
     ranges = sorted((placed.start, placed.stop) for placed in flat.placed)
     assert all(start % 64 == 0 for start, _ in ranges)

@@ -1,0 +1,218 @@
+"""The data axis beside torch's own: data_parallel against DDP, zero=2 and 3 against FSDP2, on one plain module.
+
+    torchrun --nproc_per_node 2 benchmarks/data.py time           step times, alternating, median of paired ratios
+    torchrun --nproc_per_node 4 benchmarks/data.py memory zero=3  peak memory with 105 M parameters, beside the formula
+    torchrun --nproc_per_node 2 benchmarks/data.py overlap        how much of the reduction the backward hides
+
+One thread a rank. A row whose losses do not agree to 1e-5 is void.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from plain_gpt import PlainGPT
+from torch import Tensor, nn
+
+import parallax
+from parallax.comm import barrier
+from parallax.mesh import Mesh
+
+SMALL = {"layers": 8, "hidden": 256, "heads": 8, "vocab": 512, "length": 256}
+LARGE = {"layers": 8, "hidden": 1024, "heads": 8, "vocab": 2048, "length": 64}
+GLOBAL_BATCH, ROUNDS, WARM_UP = 16, 15, 3
+ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "fused": True}
+Step = Callable[[Tensor, Tensor], float]
+
+
+def batch(mesh: Mesh, size: int, shape: dict[str, int], step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step * 1000 + mesh.rank)
+    tokens = torch.randint(0, shape["vocab"], (size, shape["length"] + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def plain(shape: dict[str, int]) -> nn.Module:
+    torch.manual_seed(0)
+    return PlainGPT(**shape)
+
+
+def ours(mesh: Mesh, shape: dict[str, int], **options: Any) -> Step:
+    model = parallax.data_parallel(plain(shape), mesh, **options)
+    optimizer = parallax.optimizer(model, torch.optim.AdamW, **ADAMW)
+
+    def step(tokens: Tensor, targets: Tensor) -> float:
+        loss = model(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def ddp(mesh: Mesh, shape: dict[str, int]) -> Step:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(plain(shape), gradient_as_bucket_view=True)
+    return torch_step(model)
+
+
+def fsdp(mesh: Mesh, shape: dict[str, int], *, reshard: bool) -> Step:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = plain(shape)
+    devices = init_device_mesh("cpu", (mesh.data.size,))
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=devices, reshard_after_forward=reshard)
+    fully_shard(model, mesh=devices, reshard_after_forward=reshard)
+    return torch_step(model)
+
+
+def torch_step(model: nn.Module) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)  # type: ignore[arg-type]
+
+    def step(tokens: Tensor, targets: Tensor) -> float:
+        loss = model(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+PAIRS: dict[str, tuple[Callable[..., Step], Callable[..., Step]]] = {
+    "zero=0 : DDP": (ours, ddp),
+    "zero=1 : DDP": (lambda m, s: ours(m, s, zero=1), ddp),
+    "zero=2 : FSDP2, no reshard": (lambda m, s: ours(m, s, zero=2), lambda m, s: fsdp(m, s, reshard=False)),
+    "zero=3 : FSDP2, reshard": (lambda m, s: ours(m, s, zero=3), lambda m, s: fsdp(m, s, reshard=True)),
+}
+
+
+def measure_time(mesh: Mesh) -> None:
+    size = GLOBAL_BATCH // mesh.data.size
+    say(mesh, f"{'pair':<28} {'parallax':>9} {'torch':>9} {'ratio':>6}   quartiles")
+    for name, makers in PAIRS.items():
+        steps = [make(mesh, SMALL) for make in makers]
+        times: list[list[float]] = [[], []]
+        losses: list[list[float]] = [[], []]
+        for number in range(WARM_UP + ROUNDS):
+            tokens, targets = batch(mesh, size, SMALL, number)
+            for which in (0, 1) if number % 2 else (1, 0):
+                barrier(mesh.data, mesh.device)
+                begun = time.perf_counter()
+                losses[which].append(steps[which](tokens, targets))
+                barrier(mesh.data, mesh.device)
+                times[which].append(time.perf_counter() - begun)
+        void = max(abs(a / b - 1) for a, b in zip(*losses, strict=True)) > 1e-5
+        kept = [each[WARM_UP:] for each in times]
+        ratios = sorted(a / b for a, b in zip(*kept, strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        a, b = (1000 * statistics.median(each) for each in kept)
+        verdict = "  VOID: the losses differ" if void else ""
+        ratio = statistics.median(ratios)
+        say(mesh, f"{name:<28} {a:>6.0f} ms {b:>6.0f} ms {ratio:>6.3f}   {low:.3f} .. {high:.3f}{verdict}")
+        del steps
+        gc.collect()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_over_baseline(make: Callable[[], Step], data: tuple[Tensor, Tensor]) -> float:
+    """Peak resident memory of building and of two steps, over what the process held before."""
+    import resource
+
+    before = resident_bytes()
+    step = make()
+    for _ in range(2):
+        step(*data)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def measure_memory(mesh: Mesh, which: str) -> None:
+    """One candidate a start, since a peak never falls."""
+    data = batch(mesh, 1, LARGE, 0)
+    shape = LARGE
+    num = sum(p.numel() for p in PlainGPT(**shape).parameters())
+    block = sum(p.numel() for p in PlainGPT(**shape).blocks[0].parameters())  # type: ignore[union-attr]
+    n = mesh.data.size
+    formulas = {
+        "zero=0": 16 * num,
+        "zero=1": 8 * num + 8 * num / n,
+        "zero=2": 4 * num + 12 * num / n + 3 * 4 * block,
+        "zero=3": 16 * num / n + 6 * 4 * block,
+    }
+    makers: dict[str, Callable[[], Step]] = {
+        "ddp": lambda: ddp(mesh, shape),
+        "fsdp no reshard": lambda: fsdp(mesh, shape, reshard=False),
+        "fsdp reshard": lambda: fsdp(mesh, shape, reshard=True),
+    }
+    for level in range(4):
+        makers[f"zero={level}"] = lambda level=level: ours(mesh, shape, zero=level)
+    peak = peak_over_baseline(makers[which], data)
+    peak = max(parallax.allgather(torch.tensor([peak]), mesh).tolist())
+    expected = formulas.get(which)
+    beside = f"formula {expected / 1e6:,.0f} MB, ratio {peak / expected:.3f}" if expected else ""
+    say(mesh, f"{which:<16} {num / 1e6:.0f} M parameters, {n} ranks: peak {peak / 1e6:,.0f} MB   {beside}")
+
+
+def measure_overlap(mesh: Mesh) -> None:
+    """A step with and without its reduction: what the backward does not hide."""
+    from parallax.data.replicate import Replicate
+
+    size = GLOBAL_BATCH // mesh.data.size
+    honest = Replicate.launch
+    step = ours(mesh, SMALL)
+    times: dict[str, list[float]] = {"reduced": [], "alone": []}
+    for number in range(2 * (WARM_UP + ROUNDS)):
+        name = "reduced" if number % 2 else "alone"
+        Replicate.launch = honest if name == "reduced" else lambda self, flat, bucket: None  # type: ignore[method-assign]
+        barrier(mesh.data, mesh.device)
+        begun = time.perf_counter()
+        step(*batch(mesh, size, SMALL, number))
+        times[name].append(time.perf_counter() - begun)
+    reduced, alone = (statistics.median(values[WARM_UP:]) for values in times.values())
+    flat = torch.zeros(sum(p.numel() for p in PlainGPT(**SMALL).parameters()))
+    lone = []
+    for _ in range(ROUNDS):
+        barrier(mesh.data, mesh.device)
+        begun = time.perf_counter()
+        dist.all_reduce(flat)
+        lone.append(time.perf_counter() - begun)
+    whole = statistics.median(lone)
+    exposed = reduced - alone
+    say(
+        mesh, f"step {1000 * reduced:.0f} ms, without reduction {1000 * alone:.0f} ms, all-reduce {1000 * whole:.0f} ms"
+    )
+    say(mesh, f"exposed: {100 * exposed / whole:.0f}% of the all-reduce, {100 * exposed / reduced:.1f}% of the step")
+
+
+def say(mesh: Mesh, text: str) -> None:
+    if mesh.rank == 0:
+        print(text, flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    what = sys.argv[1] if len(sys.argv) > 1 else "time"
+    mesh = parallax.init_mesh(f"{os.environ.get('WORLD_SIZE', '1')}x1x1", device_type="cpu")
+    say(mesh, f"torch {torch.__version__}, {mesh.data.size} ranks, load {os.getloadavg()[0]:.1f}")
+    if what == "memory":
+        measure_memory(mesh, sys.argv[2])
+    else:
+        {"time": measure_time, "overlap": measure_overlap}[what](mesh)
+
+
+if __name__ == "__main__":
+    main()
