@@ -65,12 +65,14 @@ class _Chain(Pending):
     __slots__ = ("_first", "_following", "_then")
 
     def __init__(self, first: Pending, then: Callable[[Tensor], Pending]) -> None:
-        self._first, self._then = first, then
+        self._first: Pending | None = first
+        self._then = then
         self._following: Pending | None = None
 
     def advance(self) -> None:
-        if self._following is None:
-            self._following = self._then(self._first.wait())
+        if self._first is not None:
+            first, self._first = self._first, None  # lets go of what it received
+            self._following = self._then(first.wait())
 
     def wait(self) -> Tensor:
         self.advance()

@@ -8,6 +8,8 @@ moment they are gathered until they are dropped.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -65,7 +67,10 @@ class FlatBuffers(FlatLayout):
         self.dtype, self.grad_dtype, self.device = example.dtype, grad_dtype, example.device
         self._bucket_of = {placed: bucket for bucket in self.buckets for placed in bucket.placed}
         self._own_values(fill or _keep(given))
+        del given
         self._own_grads()
+        if self.device.type == "cpu":
+            _return_memory()
 
     # --- parameters -----------------------------------------------------------------------------
 
@@ -247,6 +252,13 @@ def _on_device(
             seen.add(parameter)
             named.append((f"{module_name}.{name}" if module_name else name, parameter, shape))
     return named, given
+
+
+def _return_memory() -> None:
+    """Give what the module's own parameters took back to the system: glibc keeps pieces below 32 MB for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _keep(given: dict[nn.Parameter, Tensor]) -> Fill:

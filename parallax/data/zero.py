@@ -19,8 +19,8 @@ from parallax.mesh import Axis, Mesh
 
 __all__ = ["Zero"]
 
-UNDER_WAY = 2
-"""Buckets whose gradients may wait for their reduction at a time, from level 2 on."""
+UNDER_WAY = 1
+"""Buckets that are reduced while the next one fills: each takes memory, and one at a time is all that a link can do."""
 
 
 class Zero(BucketSync):
@@ -64,7 +64,7 @@ class Zero(BucketSync):
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
         pending = reduce_scatter_start(self.to_send(flat.take_grads(bucket)), self.shards)
         self._pending.append((flat, bucket, pending))
-        while flat.level >= 2 and len(self._pending) > UNDER_WAY:
+        while len(self._pending) > UNDER_WAY:
             self._retire()
 
     def _retire(self) -> None:
