@@ -51,7 +51,8 @@ class DataParallel(nn.Module):
     block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once. shard_size: cut
     over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
     ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
-    before the first training forward of every step, as in DDP. Parameters without a gradient count as zero.
+    before the first training forward of every step, as in DDP. A parameter without a gradient counts as zero; frozen
+    ones stay whole and as they are.
 
     Collectives: a broadcast of the state; a step's are those of Replicate or Zero. Raises ConfigError for a mesh with a
     pipeline, for parameters of more than one dtype or device, and for a zero or shard_size that cannot be.
@@ -81,7 +82,7 @@ class DataParallel(nn.Module):
         size = (shard_size or mesh.grad.size) if zero else 1
         self.shards, replicas = cut_axis(mesh, mesh.grad, ("data", "context"), size)
         names, blocks = dict(module.named_parameters()), block_of(module)
-        dtype = next(module.parameters()).dtype
+        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
         self.flat = FlatBuffers(
             module,
             specs,
@@ -223,9 +224,9 @@ class DataParallel(nn.Module):
 
 
 def _check(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
-    parameters = list(module.parameters())
+    parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
-        raise ConfigError("the module has no parameters; there is nothing to train")
+        raise ConfigError("the module has no parameters that require a gradient; there is nothing to train")
     if mesh.pipeline.size > 1:
         raise ConfigError(
             f"data_parallel wraps a whole model, the mesh has pipeline={mesh.pipeline.size}; use recipes/gpt.py"

@@ -236,11 +236,14 @@ def _cut_own(shards: Tensor, segment: Segment) -> Tensor:
 def _on_device(
     model: nn.Module, device: torch.device | str | None
 ) -> tuple[list[tuple[str, nn.Parameter, tuple[int, ...]]], dict[nn.Parameter, Tensor]]:
-    """Each parameter once, by name, with its shape; and the data of those that have any. Replaces those on meta."""
+    """Each parameter once, by name, with its shape; and the data of those that have any. Replaces those on meta.
+
+    Frozen ones stay where they are, whole on every rank: no optimizer may touch them.
+    """
     named, given, seen = [], {}, set()
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter in seen:
+            if parameter in seen or not (parameter.requires_grad or parameter.is_meta):
                 continue
             shape = tuple(parameter.shape)
             if parameter.is_meta:

@@ -202,6 +202,50 @@ def test_bfloat16_is_the_same_at_every_level(ranks):
         assert len(set(found)) == 1
 
 
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.blocks[1].requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x * self.scale
+
+
+def frozen(zero: int) -> dict[str, Tensor]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    torch.manual_seed(3)
+    model = parallax.data_parallel(Frozen().double(), mesh, zero=zero, no_decay=["*bias", "scale"])
+    optimizer = parallax.optimizer(model, torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    for step in range(3):
+        model(torch.full((1, 6), 1.0 + step + mesh.rank, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_frozen_parameters_stay_and_weight_decay_keeps_to_its_names(ranks):
+    torch.manual_seed(3)
+    model = Frozen().double()
+    plain = [p for n, p in model.named_parameters() if n.endswith("bias") or n == "scale"]
+    decayed = [p for n, p in model.named_parameters() if n.endswith("weight")]
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    before = model.blocks[1].weight.clone()
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+    for step in range(3):
+        for rank in range(2):
+            (model(torch.full((1, 6), 1.0 + step + rank, dtype=torch.float64)).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before.equal(model.blocks[1].weight)
+    for zero in (0, 1, 3):
+        for found in ranks(2, frozen, zero):
+            for name, values in model.state_dict().items():
+                torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12, msg=f"{name} zero={zero}")
+
+
 @pytest.mark.parametrize(
     ("mesh", "options", "text"),
     [
@@ -213,7 +257,7 @@ def test_bfloat16_is_the_same_at_every_level(ranks):
 def test_a_wrong_option_is_named(mesh: str, options: dict[str, Any], text: str):
     with pytest.raises(ConfigError, match=text):
         parallax.data_parallel(nn.Linear(2, 2), init_mesh(mesh, device_type="cpu"), **options)
-    with pytest.raises(ConfigError, match="no parameters"):
+    with pytest.raises(ConfigError, match="no parameters that require"):
         parallax.data_parallel(nn.ReLU(), init_mesh(mesh, device_type="cpu"))
 
 
