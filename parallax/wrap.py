@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from parallax.comm import all_reduce, broadcast
 from parallax.data.buckets import FlatBuffers
@@ -114,12 +115,43 @@ class DataParallel(nn.Module):
         self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients so far; a forward that has begun the step stays its beginning."""
+        self.sync.wait()
+        self.sync.zero()
+        self.reduced = False
+        if self.armed:
+            self.sync.arm(0)
+
     def forward(self, *args: Any, **options: Any) -> Any:
-        if self.training and torch.is_grad_enabled() and not self._accumulating and not self.armed:
+        trains = self.training and torch.is_grad_enabled() and not self._accumulating
+        if trains and not self.armed:
             if self._joining:
                 self.agree(active=True)
             self._arm()
-        return self.module(*args, **options)
+        output = self.module(*args, **options)
+        if trains:
+            self._reduce_after_backward(output)
+        return output
+
+    def _reduce_after_backward(self, output: Any) -> None:
+        """Have the gradients reduced when backward returns, as DDP does: scripts look at them, or clip them, there."""
+        queued: list[bool] = []
+
+        def begins(grad: Tensor) -> None:
+            if self.reduced:
+                raise RuntimeError(
+                    "a second backward before the optimizer's step, after the gradients were reduced; all backwards "
+                    "but the last belong, with their forward, into `with model.accumulate():`"
+                )
+            if not queued:
+                queued.append(True)
+                # torch has no public way to be called when a backward ends; its own FSDP takes this one.
+                torch.autograd.Variable._execution_engine.queue_callback(self.reduce)
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(begins)
 
     def _arm(self) -> None:
         self.sync.arm(0)
@@ -248,8 +280,8 @@ def _check(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gat
 class Optimizer(torch.optim.Optimizer):
     """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
 
-    `step` first waits for the reduction of the gradients; `clip_grad_norm_` does so too, and is to be used instead of
-    torch's, since a rank may have a part of the gradients alone. Learning-rate schedulers of torch work on it.
+    `clip_grad_norm_` is to be used instead of torch's with zero > 0, where a rank has a part of the gradients alone and
+    `param.grad` is None. Learning-rate schedulers of torch work on it.
     """
 
     def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
@@ -311,7 +343,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; after `step` they are zero already."""
-        self.model.begin_step()
+        self.model.drop_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state: this rank's part of it."""

@@ -202,6 +202,36 @@ def test_bfloat16_is_the_same_at_every_level(ranks):
         assert len(set(found)) == 1
 
 
+def as_scripts_do() -> list[dict[str, Tensor]]:
+    """zero_grad between forward and backward, a discarded backward, torch's own clipping: as with DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+    theirs = DistributedDataParallel(copy.deepcopy(plain))
+    ours = parallax.data_parallel(plain, mesh, bucket_bytes=100)
+    optimizers = [parallax.optimizer(ours, torch.optim.SGD, lr=0.3), torch.optim.SGD(theirs.parameters(), lr=0.3)]
+    generator = torch.Generator().manual_seed(mesh.rank)
+    for step in range(4):
+        x = torch.rand(3, 5, generator=generator, dtype=torch.float64)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            if step == 2:  # looked at and thrown away
+                model(x * 3).sum().backward()
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+    return [ours.state_dict(), dict(theirs.module.state_dict())]
+
+
+def test_scripts_written_for_ddp_get_its_numbers(ranks):
+    for mine, theirs in ranks(2, as_scripts_do):
+        for name, values in theirs.items():
+            torch.testing.assert_close(mine[name], values, rtol=1e-12, atol=1e-14, msg=name)
+
+
 class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
