@@ -330,7 +330,7 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     text = help_text()
     for name, known in keys().items():
         assert re.search(rf"^  {re.escape(name)} +{re.escape(known.help)}$", text, re.MULTILINE), name
-    assert "float32|float64|bfloat16, default float32" in text
+    assert "float32|float64|bfloat16|float16, default float32" in text
     assert "integer|none, default none" in text and "number,number, default 0.9,0.95" in text
     assert "|".join(schedule_names()) in text
     assert max(map(len, text.splitlines())) <= 120
