@@ -22,7 +22,7 @@ from parallax.errors import ConfigError
 from parallax.gradients import GradSink, attach
 from parallax.mesh import Axis, Mesh, cut_axis
 from parallax.models.transformer import TIED, Transformer
-from parallax.optimizers import AdamW
+from parallax.optimizers import kind_of, optimizer_for
 from parallax.params import ParamSpec, collect, fill
 from parallax.pipeline.executor import Executor
 from parallax.pipeline.schedule import Schedule
@@ -167,7 +167,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     scale = LossScale()
     if config.dtype == "float16":
         scale = LossScale(config.precision.loss_scale, config.precision.loss_scale_window)
-    return run, TrainState(AdamW(config.optimizer, flats), scale)
+    return run, TrainState(optimizer_for(config.optimizer, flats, mesh, shards, config.seed), scale)
 
 
 def build_flat(
@@ -193,6 +193,7 @@ def build_flat(
         ranks=mesh.grad.size,
         shards=shards,
         group_of=lambda name: blocks[names[name]],
+        kind_of=kind_of(config.optimizer),
     )
 
 

@@ -140,14 +140,26 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
+    name: Literal["adamw", "sgd", "lion", "muon"] = key(
+        "adamw", "optimizer; muon has adamw for what is no hidden matrix"
+    )
     lr: float = key(1e-3, "peak learning rate", above=0)
-    weight_decay: float = key(0.1, "decoupled weight decay of AdamW", least=0)
-    betas: tuple[float, float] = key((0.9, 0.95), "decay of AdamW's two moments", least=0, below=1)
-    eps: float = key(1e-8, "epsilon of AdamW", above=0)
+    weight_decay: float = key(0.1, "weight decay, decoupled but for sgd; norms and biases have none", least=0)
+    no_decay: tuple[str, ...] | None = key(None, "more parameters without weight decay, as in *embedding*,head.*")
+    betas: tuple[float, float] = key((0.9, 0.95), "decay of the moments of adamw and lion", least=0, below=1)
+    eps: float = key(1e-8, "epsilon of adamw", above=0)
+    momentum: float = key(0.95, "Nesterov momentum of sgd and muon", least=0, below=1)
+    state_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "dtype of the moments; bfloat16 is rounded by chance; float64 parameters keep float64"
+    )
+    offload: bool = key(False, "keep master weights and moments in the host's memory and update there")
     warmup_steps: int = key(20, "steps of linear warm-up", least=0)
     decay_steps: int | None = key(None, "step at which min_lr is reached; none = steps", least=1)
     min_lr: float | None = key(None, "learning rate after the decay; none = lr/10", least=0)
-    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "decay of the learning rate after the warm-up")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
+        "cosine", "the learning rate after the warm-up; wsd = constant, then linear from decay_start"
+    )
+    decay_start: int | None = key(None, "wsd: step at which the decay begins; none = after 4/5 of decay_steps", least=0)
     max_grad_norm: float = key(1.0, "gradient norm above which gradients are clipped; 0 = no clipping", least=0)
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -155,6 +167,7 @@ class OptimizerConfig:
 
         Warm-up: lr * (step + 1) / warmup_steps, so that no step is wasted at 0. Then lr at step warmup_steps, falling
         to min_lr at step decay_steps and staying there. If the warm-up outlasts decay_steps, min_lr follows it at once.
+        wsd (arXiv:2404.06395) stays at lr until decay_start.
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
@@ -164,8 +177,11 @@ class OptimizerConfig:
         end = steps if self.decay_steps is None else self.decay_steps
         if step >= end:
             return low
-        done = (step - self.warmup_steps) / (end - self.warmup_steps)
-        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        begin = self.warmup_steps
+        if self.schedule == "wsd":
+            begin = max(begin, end * 4 // 5 if self.decay_start is None else self.decay_start)
+        done = max(0, step - begin) / max(1, end - begin)
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
         return low + (self.lr - low) * left
 
 

@@ -229,7 +229,7 @@ def _convert_tuple(raw: object, kind: Any) -> object:
     else:
         items = [raw]
     try:
-        value = tuple(_convert(item, args[0]) for item in items)
+        value = tuple(_convert(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
     except ConfigError:
         value = ()
     if not value or not value_fits(value, kind):
@@ -241,7 +241,8 @@ def _expected(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(typing.get_args(kind))}"
     if typing.get_origin(kind) is tuple:
-        return "integers, as in 3,5" if int in typing.get_args(kind) else "two finite numbers, as in 0.9,0.95"
+        examples = {int: "integers, as in 3,5", str: "patterns, as in *embedding*,head.*"}
+        return examples.get(typing.get_args(kind)[0], "two finite numbers, as in 0.9,0.95")
     return {int: "an integer", float: "a finite number", bool: "true or false"}.get(kind, "text")
 
 

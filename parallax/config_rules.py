@@ -218,6 +218,18 @@ def _decay_steps(config: Config) -> str | None:
     )
 
 
+def _decay_start(config: Config) -> str | None:
+    optimizer = config.optimizer
+    if optimizer.decay_start is None:
+        return None
+    if optimizer.schedule != "wsd":
+        return f"optimizer.decay_start is for optimizer.schedule=wsd, not {optimizer.schedule}; leave it out"
+    end = config.steps if optimizer.decay_steps is None else optimizer.decay_steps
+    if optimizer.decay_start <= end:
+        return None
+    return f"optimizer.decay_start={optimizer.decay_start} is after the decay's end at step {end}; choose one before it"
+
+
 # The keys that a rule reads, and the rule.
 RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh model.heads", _heads_by_tensor),
@@ -244,4 +256,5 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("resume output", _resume),
     ("optimizer.lr optimizer.min_lr", _min_lr),
     ("optimizer.decay_steps optimizer.warmup_steps", _decay_steps),
+    ("steps optimizer.decay_start optimizer.decay_steps optimizer.schedule", _decay_start),
 )

@@ -41,7 +41,8 @@ class Layout:
     sum_over: axes besides data over which each rank's gradient is only a part of the sum.
     owned: this rank counts the piece in the norm; of several tensor ranks that hold the same box, one does.
     replicas: how many neighbouring tensor ranks hold the same box of a parameter that tensor cuts.
-    tied_to: the canonical name of the parameter that this one must stay equal to.
+    tied_to: the canonical name of the parameter that this one must stay equal to. hidden: a matrix from activations to
+    activations, not an embedding or a head.
     """
 
     global_shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class Layout:
     decay: bool = True
     replicas: int = 1
     tied_to: str | None = None
+    hidden: bool = False
 
     @property
     def rows(self) -> int:
@@ -77,7 +79,8 @@ class ParamSpec:
     grad_axis: who sums the gradient; sum_over: axes to sum over before that.
     tensor_ranks: coordinates along tensor of the ranks that hold this very box.
     tied: a second use of the parameter of this name (an output head that shares the embedding), with a gradient
-    of its own until the reduction. Its rank may or may not be the one that holds the first use.
+    of its own until the reduction. Its rank may or may not be the one that holds the first use. decay: whether weight
+    decay is usual for it. hidden: as in Layout.
     """
 
     name: str
@@ -91,6 +94,7 @@ class ParamSpec:
     owned: bool = True
     init: Init = Init()
     decay: bool = True
+    hidden: bool = False
     tied: bool = False
     tensor_ranks: tuple[int, ...] = (0,)
 
@@ -154,6 +158,7 @@ def _pieces(module: nn.Module, module_name: str, name: str, parameter: Tensor, m
             owned=layout.owned and layout.tied_to is None,
             init=layout.init,
             decay=layout.decay,
+            hidden=layout.hidden,
             tied=layout.tied_to is not None,
             tensor_ranks=tuple(holders),
         )

@@ -160,10 +160,11 @@ class Checkpoints:
                             f"{kind}/{piece.spec.name}",
                             piece.spec.global_shape,
                             box,
-                            segments[piece.segment][start:stop].view(shape),
+                            segment[start:stop].view(shape),
                             replicas,
                         )
                         for kind, segments in kinds.items()
+                        if (segment := segments[piece.segment]) is not None
                     ]
         return entries
 

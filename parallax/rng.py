@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["derive_key", "fill_normal", "keep_mask"]
+__all__ = ["derive_key", "fill_normal", "keep_mask", "random_bits"]
 
 TILE = 256
 MASK = 0xFFFFFFFF
@@ -41,9 +41,7 @@ def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
     (*rows.shape, num_columns). Element (row, column) depends on (key, row, column) alone, so any slice of the
     rows gives that slice of the mask.
     """
-    low, high = rows & MASK, (rows >> 32) & MASK
-    seeds = _mix((_mix(low ^ (key & MASK)) + high + (key >> 32)).bitwise_and_(MASK)).to(torch.int32).view(-1, 1)
-    columns = (torch.arange(num_columns, device=rows.device) * 0x9E3779B9 & MASK).to(torch.int32)
+    seeds, columns = _seeds(rows, key), _column_seeds(0, num_columns, rows.device)
     keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool, device=rows.device)
     # In runs of rows that stay in the cache; a GPU takes them all at once.
     step = seeds.shape[0] if rows.is_cuda else max(1, CACHED_ELEMENTS // max(1, num_columns))
@@ -53,6 +51,23 @@ def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
         # The numbers are unsigned: with the highest bit flipped a signed comparison orders them so.
         torch.ge(mixed.bitwise_xor_(SIGN), round(drop * 2**32) + SIGN, out=keep[part])
     return keep.view(*rows.shape, num_columns)
+
+
+def random_bits(rows: Tensor, columns: tuple[int, int], key: int) -> Tensor:
+    """32 random bits for each element (row, column) of rows x [start, stop): int32 of shape (len(rows), stop - start).
+
+    A function of (key, row, column) alone, as in `keep_mask`.
+    """
+    return _mix32(_seeds(rows, key) + _column_seeds(*columns, rows.device))
+
+
+def _seeds(rows: Tensor, key: int) -> Tensor:
+    low, high = rows & MASK, (rows >> 32) & MASK
+    return _mix((_mix(low ^ (key & MASK)) + high + (key >> 32)).bitwise_and_(MASK)).to(torch.int32).view(-1, 1)
+
+
+def _column_seeds(start: int, stop: int, device: torch.device) -> Tensor:
+    return (torch.arange(start, stop, device=device) * 0x9E3779B9 & MASK).to(torch.int32)
 
 
 def _mix32(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from parallax.precision.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from parallax.assemble import Run
-    from parallax.optimizers import AdamW
+    from parallax.optimizers import TrainOptimizer
 
 __all__ = ["StepResult", "TrainState", "clip_gradients", "evaluate", "global_loss_and_norm", "train_step"]
 
@@ -27,7 +27,7 @@ __all__ = ["StepResult", "TrainState", "clip_gradients", "evaluate", "global_los
 class TrainState:
     """What a resumed run must have again: parameters (in the optimizer's flat buffers), its state, and the counts."""
 
-    optimizer: AdamW
+    optimizer: TrainOptimizer
     loss_scale: LossScale = field(default_factory=LossScale)
     step: int = 0
     tokens: int = 0

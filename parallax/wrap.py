@@ -291,7 +291,7 @@ class Optimizer(torch.optim.Optimizer):
         self._flat = FlatOptimizer(
             {0: model.flat},
             lambda groups: kind(groups, **options),
-            lambda segment: {} if segment.decay or not decay else {"weight_decay": 0.0},
+            lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
         )
         self.inner = self._flat.inner
         self.defaults = self.inner.defaults

@@ -110,6 +110,8 @@ def gather_parameters(
         segments = state.optimizer.flat_state(stage)[kind]
         for piece in flat.pieces:
             for box, start, stop in piece.boxes():
+                if segments[piece.segment] is None:
+                    continue
                 values = segments[piece.segment][start:stop].view([b - a for a, b in box])
                 found.setdefault(piece.spec.name, []).append((box, values.clone()))
     return found

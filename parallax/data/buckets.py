@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from parallax.data.layout import Bucket, FlatLayout, Placed, Segment
+from parallax.data.layout import Bucket, FlatLayout, Placed, Segment, decay_kind
 from parallax.mesh import Axis
 from parallax.params import ParamSpec
 
@@ -48,6 +48,7 @@ class FlatBuffers(FlatLayout):
         ranks: int = 1,
         shards: Axis | None = None,
         group_of: Callable[[str], str | None] | None = None,
+        kind_of: Callable[[ParamSpec], str] = decay_kind,
     ) -> None:
         cut = level > 0 and shards is not None and shards.size > 1
         self.level = level if cut else 0
@@ -62,6 +63,7 @@ class FlatBuffers(FlatLayout):
             shards=shards.size if cut and shards else 1,
             shard=shards.rank if cut and shards else 0,
             group_of=group_of if self.level == 3 else None,
+            kind_of=kind_of,
         )
         example = named[0][1] if named else torch.empty(0, device=device)
         self.dtype, self.grad_dtype, self.device = example.dtype, grad_dtype, example.device

@@ -2,7 +2,7 @@
 
 The buffers are laid out
 
-    [ early, in reverse order of use | late with weight decay | late without | tied ]
+    [ early, in reverse order of use | late, those that the optimizer treats alike together | tied ]
 
 early: gradients that are final once their stage's last backward has passed them; cut into buckets. late: those that
 need a sum over another axis first (norms under sequence parallelism, tied embeddings), and the small ones: one more
@@ -15,17 +15,24 @@ reduce-scatter and one all-gather, and no parameter has to fit a shard.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from parallax.errors import ConfigError
 from parallax.params import Box, ParamSpec
 
-__all__ = ["Bucket", "FlatLayout", "Piece", "Placed", "Segment", "boxes_of_range"]
+__all__ = ["Bucket", "FlatLayout", "Piece", "Placed", "Segment", "boxes_of_range", "decay_kind"]
 
 ALIGN = 64
+
+
+def decay_kind(spec: ParamSpec) -> str:
+    """`decay` or `no_decay`."""
+    return "decay" if spec.decay else "no_decay"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,14 +71,14 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of elements [start, stop) that this rank's optimizer updates, all with weight decay or all without.
+    """A run of elements [start, stop) that this rank's optimizer treats alike: `kind` says how.
 
     own_at: where it begins when a rank's segments are laid end to end.
     """
 
     start: int
     stop: int
-    decay: bool
+    kind: str
     own_at: int
 
 
@@ -88,10 +95,13 @@ class Piece:
     stop: int
     first: int
 
-    def boxes(self) -> Iterator[tuple[Box, int, int]]:
-        """The boxes of the global tensor that the piece consists of, each with its elements of the segment."""
-        at = self.start
-        for box in boxes_of_range(self.spec.box_shape, self.first, self.first + self.stop - self.start):
+    def boxes(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Box, int, int]]:
+        """The boxes of the global tensor that the piece consists of, each with its elements of the segment; of the
+        segment's elements [start, stop) alone where given.
+        """
+        at, last = max(start, self.start), self.stop if stop is None else min(stop, self.stop)
+        skipped = self.first - self.start
+        for box in boxes_of_range(self.spec.box_shape, at + skipped, last + skipped):
             size = math.prod(b - a for a, b in box)
             shifted = tuple((a + o, b + o) for (a, b), (o, _) in zip(box, self.spec.box, strict=True))
             yield shifted, at, at + size
@@ -126,6 +136,7 @@ class FlatLayout:
     named: (name, parameter, shape) in order of use. tied: canonical names of parameters that have a second use, on this
     stage or on another. group_of: buckets are cut where the group of their parameters changes, and only there; a group
     of None is late. Without it a bucket holds at least bucket_bytes, the last excepted. itemsize: of a gradient.
+    kind_of: how the optimizer treats a parameter; by default whether it decays.
     """
 
     def __init__(
@@ -140,7 +151,9 @@ class FlatLayout:
         shards: int = 1,
         shard: int = 0,
         group_of: Callable[[str], str | None] | None = None,
+        kind_of: Callable[[ParamSpec], str] = decay_kind,
     ) -> None:
+        self.kind_of = kind_of
         self._align = ALIGN * ranks
         self._shards, self._shard = shards, shard
         by_parameter: dict[str, list[ParamSpec]] = {}
@@ -166,8 +179,8 @@ class FlatLayout:
         for members in _runs(early, bucket_bytes / itemsize, group_of):
             at = self._bucket(at, self._place(members, at), late=False)
         self.early_stop = at
-        self.decay_stop = self._place([item for item in late if item[3][0].decay], at)
-        self.stop = self._bucket(at, self._place([i for i in late if not i[3][0].decay], self.decay_stop), late=True)
+        late.sort(key=lambda item: kind_of(item[3][0]))
+        self.stop = self._bucket(at, self._place(late, at), late=True)
         self.end = self._place(seconds, self.stop)
         self.by_name = {p.name: p for p in self.placed}
         self.segments = list(self._segments())
@@ -210,12 +223,19 @@ class FlatLayout:
 
     def _segments(self) -> Iterator[Segment]:
         ranges = [(*b.own, b.own_at) for b in self.buckets] if self._shards > 1 else [(0, self.stop, 0)]
+        runs: list[tuple[int, str]] = []  # where each begins; padding belongs to what is before it
+        for placed in self.placed:
+            kind = self.kind_of(placed.specs[0])
+            if any(self.kind_of(spec) != kind for spec in placed.specs):
+                names = ", ".join(spec.name for spec in placed.specs)
+                raise ConfigError(f"{names} are one tensor and must decay alike; name all of them or none")
+            if placed.start < self.stop and (not runs or runs[-1][1] != kind):
+                runs.append((placed.start, kind))
         for start, stop, at in ranges:
-            middle = min(max(start, self.decay_stop), stop)
-            if start < middle:
-                yield Segment(start, middle, True, at)
-            if middle < stop:
-                yield Segment(middle, stop, False, at + middle - start)
+            for (first, kind), (last, _) in itertools.pairwise([*runs, (self.stop, "")]):
+                begin, end = max(start, first), min(stop, last)
+                if begin < end:
+                    yield Segment(begin, end, kind, at + begin - start)
 
     def _pieces(self) -> Iterator[Piece]:
         for placed in self.placed:

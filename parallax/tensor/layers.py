@@ -203,8 +203,9 @@ def _piece_layout(piece: Piece, in_features: int, tensor: Axis, init_std: float)
         owned=owned,
         init=Init(std=init_std),
         replicas=replicas,
+        hidden=True,
     )
-    bias = replace(weight, global_shape=(piece.size,), box=(rows,), init=Init(), decay=False)
+    bias = replace(weight, global_shape=(piece.size,), box=(rows,), init=Init(), decay=False, hidden=False)
     return weight, bias
 
 
@@ -239,6 +240,7 @@ class RowParallelLinear(nn.Module):
                 box=((0, out_features), columns),
                 shards={"tensor": 1} if tensor.size > 1 else {},
                 init=Init(std=init_std),
+                hidden=True,
             ),
             "bias": replicated(tensor, (out_features,), self.sequence_parallel),
         }

@@ -15,7 +15,7 @@ from parallax.gradients import GradSink, attach
 from parallax.mesh import init_mesh
 from parallax.models.costs import unit_costs
 from parallax.models.transformer import TIED
-from parallax.optimizers import AdamW
+from parallax.optimizers import TrainOptimizer
 from parallax.params import collect
 from parallax.pipeline.executor import Executor, run_together
 from parallax.pipeline.lower import lower
@@ -71,7 +71,7 @@ class LocalPipeline:
         alone = self.mesh.data
         self.flats = {s: build_flat(self.config, self.mesh, m, specs[s], names, alone) for s, m in self.stages.items()}
         self.sync = Replicate(self.mesh, self.flats, sinks, ties)
-        self.optimizer = AdamW(self.config.optimizer, self.flats)
+        self.optimizer = TrainOptimizer(self.config.optimizer, self.flats)
         transport = LocalTransport()
         self.executors = [
             Executor(

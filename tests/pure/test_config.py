@@ -269,6 +269,7 @@ def configs(draw: st.DrawFn) -> Config:
         "data.reduce": draw(st.sampled_from(["step", "microbatch"])),
         "resume": draw(st.text(min_size=1).filter(lambda text: text != "auto")),
         "optimizer.betas": (draw(st.floats(0, 1, exclude_max=True)), draw(st.floats(0, 1, exclude_max=True))),
+        "optimizer.no_decay": draw(st.sampled_from([None, ("*embedding*",), ("head.*", "layers.0.*")])),
         "optimizer.min_lr": draw(st.none() | st.just(0.0) | st.just(values["optimizer.lr"])),
         "optimizer.decay_steps": draw(st.none() | st.just(max(1, values["optimizer.warmup_steps"]))),
     }
@@ -292,7 +293,7 @@ def test_arguments_read_back_equal(config):
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        argv.append(f"{name}={list(value) if isinstance(value, tuple) else value}")
+        argv.append(f"{name}=[{', '.join(map(str, value))}]" if isinstance(value, tuple) else f"{name}={value}")
     assert load(argv) == config
 
 

@@ -139,7 +139,13 @@ def test_flat_buffers_hold_every_parameter_once_and_aligned():
     for placed in flat.placed:
         assert placed.parameter.grad is not None
         assert placed.parameter.grad.data_ptr() == placed.of(flat.grads).data_ptr(), "param.grad is a view"
-    decays = {p.name: p.start < flat.decay_stop for p in flat.placed if p.start < flat.stop}
+    decays = {
+        p.name: segment.kind == "decay"
+        for segment in flat.segments
+        for p in flat.placed
+        if segment.start <= p.start < segment.stop
+    }
+    assert len(decays) == sum(p.start < flat.stop for p in flat.placed)
     assert all(decays[name] == (not name.endswith("bias") and "norm" not in name) for name in decays)
 
 

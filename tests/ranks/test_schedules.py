@@ -26,7 +26,7 @@ from tests.cases import (
 )
 
 COMPOSED = {
-    "gpt2": GPT2 | TIED | SEQUENCE_PARALLEL | {"model.dropout": 0.1, "batch.num_microbatches": 6},
+    "gpt2": GPT2 | TIED | SEQUENCE_PARALLEL | {"model.layers": 5, "model.dropout": 0.1, "batch.num_microbatches": 6},
     "llama": LLAMA | {"batch.num_microbatches": 4},
 }
 
@@ -83,7 +83,7 @@ def go(mesh: str, changes: dict[str, Any], output: str, wish: str) -> Any:
 
 def test_a_run_goes_on_under_another_schedule(ranks, tmp_path: Path):
     """Stages lie elsewhere, names do not: tied weights twice on one rank included."""
-    changes = GPT2 | TIED | {"batch.num_microbatches": 4}
+    changes = GPT2 | TIED | {"batch.num_microbatches": 4, "model.layers": 5}
     rows: list[Any] = []
     plan = [("1x1x2", "zb-v"), ("1x1x3", "interleaved"), ("1x2x2", "dualpipe-v"), ("1x1x1", "1f1b")]
     for number, (mesh, schedule) in enumerate(plan):
