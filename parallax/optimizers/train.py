@@ -8,47 +8,24 @@ up for its chunk alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallax.config import OptimizerConfig
 from parallax.data.buckets import FlatBuffers
 from parallax.data.layout import Piece, Segment
-from parallax.optimizers.lion import Lion
 from parallax.optimizers.masters import Masters
+from parallax.optimizers.rules import RULES, Update
 from parallax.params import ParamSpec
 from parallax.precision.rounding import round_stochastically
 from parallax.rng import derive_key, random_bits
 
-__all__ = ["RULES", "TrainOptimizer", "kind_of"]
+__all__ = ["TrainOptimizer", "kind_of"]
 
 CHUNK = 1 << 22
 """Elements that are brought up at once: 16 MB of each float32 tensor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """An elementwise optimizer. make: of one parameter, with a weight decay. state: the tensors that it keeps."""
-
-    make: Callable[[nn.Parameter, OptimizerConfig, float], torch.optim.Optimizer]
-    state: tuple[str, ...]
-
-
-RULES: Mapping[str, Rule] = {
-    # arXiv:1711.05101
-    "adamw": Rule(
-        lambda p, c, decay: torch.optim.AdamW([p], betas=c.betas, eps=c.eps, weight_decay=decay, fused=True),
-        ("exp_avg", "exp_avg_sq"),
-    ),
-    "sgd": Rule(
-        lambda p, c, decay: torch.optim.SGD([p], momentum=c.momentum, weight_decay=decay, nesterov=c.momentum > 0),
-        ("momentum_buffer",),
-    ),
-    "lion": Rule(lambda p, c, decay: Lion([p], betas=c.betas, weight_decay=decay), ("exp_avg",)),
-}
 
 
 def kind_of(config: OptimizerConfig) -> Callable[[ParamSpec], str]:
@@ -81,13 +58,6 @@ class TrainOptimizer(Masters):
             stage: [self.empty_state(segment, master) for segment, master in zip(flat.segments, own, strict=True)]
             for (stage, flat), own in zip(flats.items(), self.masters.values(), strict=True)
         }
-        self._inner = {decays: self._make(decays) for decays in (True, False)}
-
-    def _make(self, decays: bool) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-        """An optimizer of one parameter, which stands for one chunk after another."""
-        master = next((m for own in self.masters.values() for m in own), torch.empty(0))
-        stands = nn.Parameter(torch.empty(0, dtype=master.dtype, device=master.device))
-        return stands, self.rule.make(stands, self.config, self.config.weight_decay if decays else 0.0)
 
     def empty_state(self, segment: Segment, master: Tensor) -> dict[str, Tensor]:
         """The state of a segment before the first step, so that a checkpoint finds its places."""
@@ -103,32 +73,25 @@ class TrainOptimizer(Masters):
     def step_at(self, lr: float) -> None:
         """One update with this learning rate, from the gradients in the flat buffers."""
         with torch.no_grad():
-            for _, inner in self._inner.values():
-                inner.param_groups[0]["lr"] = lr
             for stage, flat in self.flats.items():
                 for index, segment in enumerate(flat.segments):
                     if not segment.kind.startswith("hidden"):
-                        self._update(stage, flat, index)
+                        decay = self.config.weight_decay if segment.kind == "decay" else 0.0
+                        self._update(stage, flat, index, Update(self.config, self.num_steps, lr, decay))
         self.num_steps += 1
 
-    def _update(self, stage: int, flat: FlatBuffers, index: int) -> None:
-        segment, master = flat.segments[index], self.masters[stage][index]
+    def _update(self, stage: int, flat: FlatBuffers, index: int, update: Update) -> None:
+        segment, master = flat.segments[index], self.masters[stage][index].data
         state, values = self.state[stage][index], flat.values_of(segment)
-        stands, inner = self._inner[segment.kind == "decay"]
         pieces = [piece for piece in flat.pieces if piece.segment == index] if self.narrow_state else []
         for chunk, grad in self._chunks(flat.grads_of(segment), master):
-            stands.data, stands.grad = master.data[chunk], grad
             here = {name: kept[chunk] for name, kept in state.items()}
             wide = {name: kept.to(master.dtype) for name, kept in here.items()}  # the very same where it is wide
-            count = torch.full((), float(self.num_steps), device=master.device)
-            inner.state[stands] = {"step": count, **wide}
-            inner.step()
+            self.rule.apply(master[chunk], grad, wide, update)
             if self.narrow_state:
                 self._store(here, wide, pieces, chunk)
             if self.apart:
-                values[chunk].copy_(stands.data, non_blocking=True)
-        stands.data, stands.grad = stands.data[:0], None
-        inner.state.clear()
+                values[chunk].copy_(master[chunk], non_blocking=True)
 
     def _chunks(self, grads: Tensor, master: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk and its gradient where the master lives, fetched while the one before is worked on."""

@@ -14,7 +14,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "numpy", "hypothesis", "pytest", "parallax.assemble", "parallax.step"]
+# torch.optim imports torch._dynamo when the first optimizer is made: two seconds for each rank of each test.
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "numpy", "hypothesis", "pytest", "parallax.assemble"]
+PRELOAD += ["parallax.step", "parallax.resume", "parallax.wrap", "parallax.config_io"]
 
 
 class RankFailure(AssertionError):
