@@ -48,7 +48,8 @@ class Run:
 
     stages: this rank's spans of the model. specs: the table of its parameters, by stage. order: every canonical name
     of the whole model -> its place. grads: the gradients that this rank's optimizer uses, by spec. shards: the ranks
-    over which ZeRO cuts, itself alone without. pipeline trains, evaluator runs forward only.
+    over which ZeRO cuts, itself alone without; replicas: those that hold the same part.
+    pipeline trains, evaluator runs forward only.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Run:
     flats: Mapping[int, FlatBuffers]
     sync: BucketSync
     shards: Axis
+    replicas: Axis
     pipeline: Executor
     evaluator: Executor
 
@@ -161,6 +163,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         flats=flats,
         sync=sync,
         shards=shards,
+        replicas=replicas,
         pipeline=pipeline,
         evaluator=evaluator,
     )

@@ -204,7 +204,11 @@ class Config:
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = key("float32", "dtype of parameters and activations")
-    on_nan: Literal["stop", "skip"] = key("stop", "a gradient that is not finite: stop, or skip the step")
+    on_nan: Literal["stop", "skip", "rollback"] = key(
+        "stop",
+        "a gradient that is not finite: stop, skip the step, or go back to the last checkpoint and other samples",
+    )
+    check_replicas_every: int = key(100, "steps between checks that copies are equal; 0 = never", least=0)
     recompute: str = key("none", "activations computed again in the backward: none, selective, full or every-N")
     output: str = key("auto", "directory of this run; auto = the next free runs/NNN")
     resume: str = key("none", "none, auto (the latest checkpoint in output), or a checkpoint directory")

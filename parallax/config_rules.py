@@ -201,6 +201,18 @@ def _resume(config: Config) -> str | None:
     return None
 
 
+def _on_nan(config: Config) -> str | None:
+    if config.on_nan != "rollback":
+        return None
+    if config.dtype == "float16":
+        return (
+            "on_nan=rollback is not for dtype=float16, where an overflow now and then is normal and the step is skipped"
+        )
+    if config.checkpoint.every == 0:
+        return "on_nan=rollback goes back to a checkpoint, and checkpoint.every=0 makes none; set checkpoint.every"
+    return None
+
+
 def _min_lr(config: Config) -> str | None:
     low, lr = config.optimizer.min_lr, config.optimizer.lr
     if low is None or low <= lr:
@@ -254,6 +266,7 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh data.zero data.shard_size data.gather data.reduce", _zero),
     ("recompute", _recompute),
     ("resume output", _resume),
+    ("on_nan dtype checkpoint.every", _on_nan),
     ("optimizer.lr optimizer.min_lr", _min_lr),
     ("optimizer.decay_steps optimizer.warmup_steps", _decay_steps),
     ("steps optimizer.decay_start optimizer.decay_steps optimizer.schedule", _decay_start),

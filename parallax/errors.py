@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-__all__ = ["CheckpointError", "ConfigError", "MeshError", "ParallaxError", "ScheduleError", "report"]
+__all__ = ["CheckpointError", "ConfigError", "MeshError", "ParallaxError", "ReplicaError", "ScheduleError", "report"]
 
 GRACE_S = 10.0
 
@@ -29,6 +29,10 @@ class ScheduleError(ParallaxError):
 
 class CheckpointError(ParallaxError):
     """A checkpoint that is missing, damaged, or belongs to another model. Names the file."""
+
+
+class ReplicaError(ParallaxError):
+    """Ranks that must hold the same parameter do not. Names it, and them."""
 
 
 def report(error: ParallaxError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ __all__ = ["Checkpoints", "prepare_output"]
 
 SAME = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length", "corpus.validation_fraction")
 """What decides which samples a step sees: a resumed run must agree with the saved one."""
+
+
+MOST_ROLLBACKS = 3
+"""Times a run may go back to one checkpoint: the same mistake on any samples is not the samples'."""
 
 
 def prepare_output(config: Config, mesh: Mesh) -> Path:
@@ -90,10 +95,12 @@ class Checkpoints:
     def __init__(self, run: Run, output: Path) -> None:
         self.run, self.directory = run, output / "checkpoints"
         self._exchange = _Exchange(run.mesh)
+        self._rollbacks: Counter[str] = Counter()
 
     def save(self, state: TrainState) -> Path:
         """Write every rank's boxes; returns the new directory. Raises CheckpointError, on every rank alike."""
-        counts: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "mesh": str(self.run.mesh.shape)}
+        counts: dict[str, Any] = {"step": state.step, "batches": state.batches, "tokens": state.tokens}
+        counts["mesh"] = str(self.run.mesh.shape)
         counts |= state.loss_scale.state()
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
@@ -116,15 +123,42 @@ class Checkpoints:
         name = self._exchange.gather_json(str(path) if path else None)[0]
         if name is None:
             return None
-        saved = checkpoint.read_manifest(Path(name)).state
-        self._check_same(Path(name), saved)
-        checkpoint.load(Path(name), self._entries(state), self._exchange)
+        self._load(Path(name), state)
+        return Path(name)
+
+    def roll_back(self, state: TrainState) -> str:
+        """Go back to the latest checkpoint, but on to samples not seen yet; returns what to say.
+
+        Raises CheckpointError, on every rank alike, where there is none, or where the run was there often enough.
+        """
+        found = checkpoint.latest(self.directory)
+        path = self._exchange.gather_json(str(found) if found else None)[0]
+        if path is None:
+            raise CheckpointError(
+                f"on_nan=rollback: step {state.step} went wrong before there was a checkpoint in {self.directory}; a "
+                "lower optimizer.lr or more optimizer.warmup_steps helps most often, or a smaller checkpoint.every"
+            )
+        self._rollbacks[path] += 1
+        if self._rollbacks[path] > MOST_ROLLBACKS:
+            raise CheckpointError(
+                f"on_nan=rollback: step {state.step} went wrong, and the run has gone back to {path} "
+                f"{MOST_ROLLBACKS} times already; look at what the log says of the first, or lower optimizer.lr"
+            )
+        gone, batches = state.step, state.batches
+        self._load(Path(path), state)
+        state.batches = batches
+        return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
+
+    def _load(self, path: Path, state: TrainState) -> None:
+        saved = checkpoint.read_manifest(path).state
+        self._check_same(path, saved)
+        checkpoint.load(path, self._entries(state), self._exchange)
         state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
+        state.batches = int(saved.get("batches", state.step))
         state.loss_scale.load(saved)
         state.optimizer.set_step(state.step - state.loss_scale.skipped)
         state.optimizer.publish()
         self.run.sync.publish()
-        return Path(name)
 
     def _check_same(self, path: Path, saved: Any) -> None:
         now: dict[str, Any] = to_dict(self.run.config)

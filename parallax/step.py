@@ -14,7 +14,9 @@ from parallax.batches import Batch
 from parallax.comm import all_reduce, gather_json
 from parallax.mesh import Axis, Mesh
 from parallax.params import ParamSpec
+from parallax.postmortem import find_origin
 from parallax.precision.loss_scale import LossScale
+from parallax.replicas import check_replicas
 
 if TYPE_CHECKING:
     from parallax.assemble import Run
@@ -25,12 +27,16 @@ __all__ = ["StepResult", "TrainState", "clip_gradients", "evaluate", "global_los
 
 @dataclass(slots=True)
 class TrainState:
-    """What a resumed run must have again: parameters (in the optimizer's flat buffers), its state, and the counts."""
+    """What a resumed run must have again: parameters (in the optimizer's flat buffers), its state, and the counts.
+
+    step: optimizer steps done. batches: global batches used up, which are more after a roll-back.
+    """
 
     optimizer: TrainOptimizer
     loss_scale: LossScale = field(default_factory=LossScale)
     step: int = 0
     tokens: int = 0
+    batches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +77,26 @@ def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     loss, norm = loss / scale, norm / scale
     config = run.config.optimizer
     lr = config.lr_at(state.step, run.config.steps)
-    skipped = "" if math.isfinite(norm) else explain(run, state, loss, norm)
+    skipped = "" if math.isfinite(norm) else explain(run, state, batch, loss, norm)
     if not skipped:
         clip_gradients(run.flat_grads, norm, config.max_grad_norm, scale)
         state.optimizer.step_at(lr)
         run.sync.publish()
     state.loss_scale.update(not skipped)
     state.step += 1
+    state.batches += 1
     state.tokens += tokens
+    every = run.config.check_replicas_every
+    if every and state.step % every == 0:
+        check_replicas(run)
     return StepResult(state.step, loss, norm, lr, tokens, skipped)
 
 
-def explain(run: Run, state: TrainState, loss: float, norm: float) -> str:
-    """What is wrong with a step whose norm is not finite: the first parameter and the ranks that hold the gradients.
+def explain(run: Run, state: TrainState, batch: Batch, loss: float, norm: float) -> str:
+    """What is wrong with a step whose norm is not finite: the first parameter and the ranks that hold the gradients,
+    and, but for the common overflow of float16, where it begins: the step is run again, watched.
 
-    Raises FloatingPointError where such a step shall end the run. Collectives: a JSON text over the world.
+    Raises FloatingPointError where such a step shall end the run. Collectives: a JSON text over the world; a step's.
     """
     bad = [spec.name for spec, grad in run.grads if not bool(grad.isfinite().all())]
     everywhere = gather_json(sorted(set(bad), key=run.order.__getitem__)[:1], run.mesh.world, run.mesh.device)
@@ -96,11 +107,15 @@ def explain(run: Run, state: TrainState, loss: float, norm: float) -> str:
         ranks = ", ".join(str(rank) for _, other, rank in found if other == name)
         where = f"first in {name} (rank {ranks})"
     text = f"the gradient norm is {norm} (loss {loss}), {where}"
-    if run.config.dtype == "float16" or run.config.on_nan == "skip":
+    if run.config.dtype == "float16":
+        return text
+    text = f"{text}; {find_origin(run, batch, state.loss_scale.value)}"
+    if run.config.on_nan != "stop":
         return text
     raise FloatingPointError(
         f"step {state.step + 1}: {text}; the parameters are those of step {state.step}. A lower optimizer.lr or more "
-        "optimizer.warmup_steps helps most often; on_nan=skip goes on without such steps"
+        "optimizer.warmup_steps helps most often; on_nan=skip goes on without such steps, on_nan=rollback from the "
+        "last checkpoint, with other samples"
     )
 
 

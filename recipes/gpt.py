@@ -41,9 +41,9 @@ def main() -> None:
     if resumed := checkpoints.resume(state):
         metrics.say(f"resumed from {resumed} at step {state.step} of {config.steps}")
 
-    batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **run.share)
+    batches = token_batches(corpus.train, seed=config.seed, start_step=state.batches, **run.share)
     metrics.resume()
-    for batch in itertools.islice(batches, max(0, config.steps - state.step)):
+    for batch in itertools.takewhile(lambda _: state.step < config.steps, batches):
         with traced(run, output, step=state.step + 1) as told:
             result = train_step(run, state, batch)
         metrics.lap()
@@ -55,6 +55,10 @@ def main() -> None:
             held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
             extra["val_loss"] = evaluate(run, held_out)
         metrics.record(result, **extra)
+        if result.skipped and config.on_nan == "rollback":
+            metrics.say(checkpoints.roll_back(state))
+            metrics.resume()
+            continue
         if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last):
             metrics.say(f"saved {checkpoints.save(state)}")
         metrics.resume()

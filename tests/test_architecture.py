@@ -49,6 +49,8 @@ RANK = {
     "checkpoint": 10,
     "optimizers": 11,
     "models": 11,
+    "replicas": 11,
+    "postmortem": 11,
     "step": 12,
     "assemble": 13,
     "wrap": 13,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from parallax.models.costs import recomputes_layer
 from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
 from parallax.rng import derive_key
+from parallax.tensor.fused_loss import linear_cross_entropy, should_fuse
 from parallax.tensor.layers import (
     ColumnParallelLinear,
     Piece,
@@ -179,7 +181,9 @@ class Layer(nn.Module):
 
 
 class Head(ColumnParallelLinear):
-    """Vocabulary-parallel output layer and loss. x_nD -> the sum of the losses, a float64 scalar.
+    """Vocabulary-parallel output layer and loss. x_nD, targets_N -> the sum of the losses, a float64 scalar.
+
+    Where the logits would take too much they are never all there (tensor/fused_loss.py).
 
     With `tie_embeddings` its weight is the embedding's: the same canonical parameter, a gradient of its own.
     """
@@ -201,10 +205,14 @@ class Head(ColumnParallelLinear):
         layout = vocab_layout(config.vocab, config.hidden, mesh.tensor, (start, stop), config.init_std)
         self.layouts = {"weight": (replace(layout, tied_to=TIED[0] if config.tie_embeddings else None),)}
 
-    def loss(self, x: Tensor, targets_N: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(
-            self(x), targets_N, self.tensor, vocab_range=self.vocab_range, ignore_index=IGNORE, overwrite=True
-        )
+    def forward(self, x: Tensor, targets_N: Tensor | None = None) -> Tensor:
+        """Logits [N, v]; the loss where there are targets."""
+        if targets_N is None:
+            return super().forward(x)
+        options: dict[str, Any] = {"vocab_range": self.vocab_range, "ignore_index": IGNORE}
+        if should_fuse(targets_N.numel(), self.weight.shape[0]):
+            return linear_cross_entropy(x, self, targets_N, **options)
+        return vocab_parallel_cross_entropy(super().forward(x), targets_N, self.tensor, overwrite=True, **options)
 
 
 class Transformer(nn.Module):
@@ -264,7 +272,7 @@ class Transformer(nn.Module):
         if self.head is None or self.final_norm is None:
             assert x is not None
             return x
-        return self.head.loss(self.final_norm(x), microbatch.targets_BT.reshape(-1)) * scale
+        return self.head(self.final_norm(x), microbatch.targets_BT.reshape(-1)) * scale
 
     def _rotary_for(self, length: int, device: torch.device) -> Tensor | None:
         if self.config.positions != "rotary":

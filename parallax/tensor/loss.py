@@ -10,7 +10,7 @@ from torch import Tensor
 from parallax.comm import all_gather
 from parallax.mesh import Axis
 
-__all__ = ["vocab_parallel_cross_entropy"]
+__all__ = ["CrossEntropy", "vocab_parallel_cross_entropy"]
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits worked on at once: the temporaries of one chunk, not of [N, V], are what the loss needs beside its result."""
@@ -37,6 +37,30 @@ def vocab_parallel_cross_entropy(
     return _CrossEntropy.apply(logits_Nv, targets_N, tensor, vocab_range, ignore_index, overwrite)
 
 
+class CrossEntropy:
+    """The loss of [N, v] logits, and what its gradient takes: see `vocab_parallel_cross_entropy`."""
+
+    def __init__(
+        self, logits: Tensor, targets_N: Tensor, tensor: Axis, vocab_range: tuple[int, int], ignore_index: int
+    ) -> None:
+        start, stop = vocab_range
+        self.logits, self.size = logits, stop - start
+        self.valid = targets_N != ignore_index
+        local = targets_N - start
+        self.mine = self.valid & (local >= 0) & (local < stop - start)
+        self.local = local.masked_fill(~self.mine, 0)
+        self.chunks = _chunks(*logits.shape)
+        maximum_N, log_sum_N, target_N = _statistics(logits, self.local, self.mine, tensor, self.size, self.chunks)
+        self.normaliser_N = maximum_N + log_sum_N
+        self.loss = (self.normaliser_N - target_N).masked_fill_(~self.valid, 0).double().sum()
+
+    def gradient(self, out: Tensor) -> Tensor:
+        """The loss' gradient by the logits, written to `out`, which may be the logits themselves."""
+        for rows in self.chunks:
+            _gradient(self.logits, out, rows, self.normaliser_N, self.local, self.mine, self.valid, self.size)
+        return out
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -48,21 +72,9 @@ class _CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         overwrite: bool,
     ) -> Tensor:
-        start, stop = vocab_range
-        num_tokens, width = logits.shape
-        valid = targets_N != ignore_index
-        local = targets_N - start
-        mine = valid & (local >= 0) & (local < stop - start)
-        local = local.masked_fill(~mine, 0)
-        chunks = _chunks(num_tokens, width)
-        maximum_N, log_sum_N, target_N = _statistics(logits, local, mine, tensor, stop - start, chunks)
-        loss = (maximum_N + log_sum_N - target_N).masked_fill_(~valid, 0).double().sum()
-        grad = logits if overwrite else torch.empty_like(logits)
-        normaliser_N = maximum_N + log_sum_N
-        for rows in chunks:
-            _gradient(logits, grad, rows, normaliser_N, local, mine, valid, stop - start)
-        ctx.save_for_backward(grad)
-        return loss
+        found = CrossEntropy(logits, targets_N, tensor, vocab_range, ignore_index)
+        ctx.save_for_backward(found.gradient(logits if overwrite else torch.empty_like(logits)))
+        return found.loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

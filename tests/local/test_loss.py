@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallax.mesh import Axis
+from parallax.tensor import fused_loss
 from parallax.tensor import loss as loss_file
+from parallax.tensor.fused_loss import linear_cross_entropy
 from parallax.tensor.loss import vocab_parallel_cross_entropy
 
 ALONE = Axis("tensor")
@@ -42,6 +44,55 @@ def test_it_is_torch_s_sum_of_losses(monkeypatch, chunk: int, overwrite: bool):
     assert mine.grad is not None and other.grad is not None
     torch.testing.assert_close(mine.grad[:, :13], other.grad, rtol=1e-12, atol=1e-12)
     assert not mine.grad[:, 13:].any() and not mine.grad[[2, 5]].any()
+
+
+class Output(torch.nn.Module):
+    tensor, sequence_parallel, sink = ALONE, False, None
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 22])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_fused_with_its_layer_it_is_the_same(monkeypatch, at_once: int, dtype: torch.dtype, bound: float):
+    monkeypatch.setattr(fused_loss, "LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 6, dtype=dtype), torch.randn(16, 6, dtype=dtype)
+    targets = torch.randint(0, 13, (9,))
+    targets[[2, 5]] = -100
+    found = []
+    for fused in (True, False):
+        layer, mine = Output(weight.clone()), x.clone().requires_grad_()
+        if fused:
+            total = linear_cross_entropy(mine, layer, targets, vocab_range=(0, 13))
+        else:
+            total = ours(F.linear(mine, layer.weight), targets, 13)
+        (total * 0.25).backward()
+        found.append((total.detach(), mine.grad, layer.weight.grad))
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(mine, layer, targets, vocab_range=(0, 13)), found[0][0])
+    for left, right in zip(*found, strict=True):
+        assert left is not None and right is not None and left.dtype == right.dtype
+        torch.testing.assert_close(left, right, rtol=bound, atol=bound)
+    assert found[0][1][2].count_nonzero() == 0 and found[0][2][13:].count_nonzero() == 0
+
+
+def test_the_logits_are_never_there():
+    """Peak memory of forward and backward, in a process of its own: input, weight, their gradients, one chunk."""
+    code = (
+        "import resource, torch; from parallax.mesh import Axis; from parallax.tensor import fused_loss as f\n"
+        "torch.set_num_threads(1); N, D, V = 8192, 64, 16384\n"
+        "layer = torch.nn.Linear(D, V, bias=False); layer.tensor = Axis('tensor')\n"
+        "layer.sequence_parallel, layer.sink = False, None\n"
+        "def go(n): f.linear_cross_entropy(torch.randn(n, D, requires_grad=True), layer,"
+        " torch.randint(0, V, (n,)), vocab_range=(0, V)).backward()\n"
+        "go(256); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; go(N)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown * 1024 < 100e6, f"{grown / 1024:.0f} MB; the logits alone are 537 MB"
 
 
 def test_huge_logits_do_not_overflow():

@@ -245,6 +245,7 @@ def configs(draw: st.DrawFn) -> Config:
         "data.reduce",
         "recompute",
         "resume",
+        "on_nan",
         "model.hidden",
         "model.heads",
         "optimizer.betas",
