@@ -206,7 +206,7 @@ class Config:
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = key("float32", "dtype of parameters and activations")
     on_nan: Literal["stop", "skip", "rollback"] = key(
         "stop",
-        "a gradient that is not finite: stop, skip the step, or go back to the last checkpoint and other samples",
+        "a gradient that is not finite: stop, skip the step, or go back to a checkpoint",
     )
     check_replicas_every: int = key(100, "steps between checks that copies are equal; 0 = never", least=0)
     recompute: str = key("none", "activations computed again in the backward: none, selective, full or every-N")
