@@ -20,6 +20,7 @@ from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.gradients import GradSink, attach
+from parallax.memory import peak_memory_bytes
 from parallax.mesh import Axis, Mesh, cut_axis
 from parallax.models.transformer import TIED, Transformer
 from parallax.optimizers import kind_of, optimizer_for
@@ -49,7 +50,7 @@ class Run:
     stages: this rank's spans of the model. specs: the table of its parameters, by stage. order: every canonical name
     of the whole model -> its place. grads: the gradients that this rank's optimizer uses, by spec. shards: the ranks
     over which ZeRO cuts, itself alone without; replicas: those that hold the same part.
-    pipeline trains, evaluator runs forward only.
+    pipeline trains, evaluator runs forward only. baseline_bytes: peak memory before anything was made.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Run:
     replicas: Axis
     pipeline: Executor
     evaluator: Executor
+    baseline_bytes: int = 0
 
     @property
     def grads(self) -> list[tuple[ParamSpec, Tensor]]:
@@ -126,6 +128,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     """
     if problems := check(config):
         raise ConfigError("; ".join(problems))
+    baseline = peak_memory_bytes(mesh.device)
     batch = resolve_batch(config)
     plan = plan_stages(config)
     schedule, spans = plan.schedule, plan.spans
@@ -166,6 +169,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         replicas=replicas,
         pipeline=pipeline,
         evaluator=evaluator,
+        baseline_bytes=baseline,
     )
     scale = LossScale()
     if config.dtype == "float16":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from typing import Any, TextIO
 
 import torch
 
+from parallax.memory import format_bytes, peak_memory_bytes
 from parallax.mesh import Mesh
 from parallax.step import StepResult
 
-__all__ = ["Metrics", "format_bytes", "peak_flops", "peak_memory_bytes"]
+__all__ = ["Metrics", "peak_flops"]
 
 PEAK_FLOPS = {
     # Dense bfloat16 tensor-core peaks from the vendors' data sheets, FLOP/s.
@@ -42,22 +42,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if known is None or known == "V100" and dtype == torch.float32:  # it has no TF32
         return None
     return PEAK_FLOPS[known] * TF32_SHARE[dtype]
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held: CUDA's allocator, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def format_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
 def format_duration(seconds: float) -> str:

@@ -5,11 +5,11 @@ group is made. Imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 from parallax.config import Config, resolve_batch
 from parallax.errors import ConfigError
-from parallax.models.costs import unit_activations, unit_costs
+from parallax.models.costs import unit_costs
+from parallax.models.memory import MemoryModel, StageMemory
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Op, Schedule
 from parallax.pipeline.search import search
@@ -22,13 +22,13 @@ __all__ = ["StagePlan", "plan_stages", "prove", "split_units", "stage_in_flight"
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """schedule: lowered and proven. spans: by stage, the units [first, last). stage_bytes: predicted memory of each.
+    """schedule: lowered and proven. spans: by stage, the units [first, last). memory: predicted, of each stage.
     note: why this schedule, where it was searched for."""
 
     schedule: Schedule
     units: tuple[Unit, ...]
     spans: tuple[Span, ...]
-    stage_bytes: tuple[float, ...] = ()
+    memory: tuple[StageMemory, ...] = ()
     note: str = ""
 
     @property
@@ -44,8 +44,8 @@ class StagePlan:
     def describe(self) -> str:
         """The schedule, and a line a stage."""
         note = f"\n{self.note}" if self.note else ""
-        held = [stage_in_flight(self.schedule, stage) for stage in range(self.schedule.num_stages)]
-        table = stage_table(self.spans, self.units, self.schedule.stage_to_rank, held, self.stage_bytes)
+        held = _all_in_flight(self.schedule)
+        table = stage_table(self.spans, self.units, self.schedule.stage_to_rank, held, [m.total for m in self.memory])
         return f"{self.num_parameters:,} parameters; schedule {self.schedule.name}{note}\n{table}"
 
 
@@ -60,7 +60,7 @@ def plan_stages(config: Config) -> StagePlan:
     else:
         schedule = prove(get_schedule(wish.schedule, ranks, num_microbatches, wish.stages_per_rank))
         spans = split_units(config, units, schedule)
-    memory = _Memory(config, units, schedule)
+    memory = MemoryModel(config, units, _all_in_flight(schedule))
     return StagePlan(schedule, units, spans, tuple(memory.of(s, span) for s, span in enumerate(spans)), note)
 
 
@@ -72,14 +72,14 @@ def split_units(config: Config, units: tuple[Unit, ...], schedule: Schedule) -> 
     elif cap is None:
         spans = balanced_split(units, schedule.num_stages, schedule.stage_to_rank)
     else:
-        memory = _Memory(config, units, schedule)
+        memory = MemoryModel(config, units, _all_in_flight(schedule))
         share = cap * schedule.num_ranks / schedule.num_stages
         try:
             spans = balanced_split(
                 units,
                 schedule.num_stages,
                 schedule.stage_to_rank,
-                allowed=lambda stage, span: memory.of(stage, span) <= share,
+                allowed=lambda stage, span: memory.of(stage, span).total <= share,
             )
         except ConfigError:
             raise ConfigError(
@@ -100,40 +100,8 @@ def stage_in_flight(schedule: Schedule, stage: int) -> int:
     return most
 
 
-class _Memory:
-    """Bytes that a stage takes on one rank: parameters, gradients, optimizer, and the activations in flight.
-
-    What ZeRO cuts counts by its part; gradients that are reduced once a step are whole until then.
-    """
-
-    def __init__(self, config: Config, units: tuple[Unit, ...], schedule: Schedule) -> None:
-        tensor = config.mesh_shape.tensor
-        size = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
-        grad: float = size if config.dtype == "float64" or config.data.grad_dtype == "parameter" else 4
-        master = 4 if size == 2 else 0
-        moments = 2 * max(4, size)
-        elements = unit_activations(
-            config.model,
-            tensor=tensor,
-            sequence_parallel=config.tensor.sequence_parallel and tensor > 1,
-            recompute=config.recompute,
-        )
-        batch = resolve_batch(config)
-        tokens = batch.microbatch_size * config.corpus.sequence_length
-        data, shape = config.data, config.mesh_shape
-        parts = (data.shard_size or shape.data * shape.context) if data.zero else 1
-        state = (master + moments) / parts
-        if data.zero >= 2 and (data.reduce == "microbatch" or batch.num_microbatches == 1):
-            grad = grad / parts
-        values = size / parts if data.zero == 3 and data.gather == "block" else size
-        self._fixed = list(accumulate((u.params / tensor * (values + grad + state) for u in units), initial=0.0))
-        self._activations = list(accumulate((n * tokens * size for n in elements), initial=0))
-        self._held = [stage_in_flight(schedule, stage) for stage in range(schedule.num_stages)]
-
-    def of(self, stage: int, span: Span) -> float:
-        first, last = span
-        activations = self._activations[last] - self._activations[first]
-        return self._fixed[last] - self._fixed[first] + self._held[stage] * activations
+def _all_in_flight(schedule: Schedule) -> list[int]:
+    return [stage_in_flight(schedule, stage) for stage in range(schedule.num_stages)]
 
 
 def prove(schedule: Schedule) -> Schedule:

@@ -13,6 +13,7 @@ from parallax.batches import token_batches, validation_batches
 from parallax.config_io import parse_command_line
 from parallax.corpus import corpus_for
 from parallax.launch import entrypoint
+from parallax.memory_report import describe_memory
 from parallax.mesh import init_mesh
 from parallax.metrics import Metrics
 from parallax.resume import Checkpoints, prepare_output
@@ -43,11 +44,11 @@ def main() -> None:
 
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.batches, **run.share)
     metrics.resume()
-    for batch in itertools.takewhile(lambda _: state.step < config.steps, batches):
+    for number, batch in enumerate(itertools.takewhile(lambda _: state.step < config.steps, batches)):
         with traced(run, output, step=state.step + 1) as told:
             result = train_step(run, state, batch)
         metrics.lap()
-        for line in told:
+        for line in told if number else [*told, describe_memory(run, state)]:
             metrics.say(line)
         last = state.step == config.steps
         extra = {}

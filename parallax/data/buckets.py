@@ -127,6 +127,10 @@ class FlatBuffers(FlatLayout):
         """The parameters of a segment."""
         return _cut(self.values, segment) if self.level < 3 else _cut_own(self._value_shards, segment)
 
+    def held(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The memory of parameters and of gradients as it is now."""
+        return [*self._values, self._value_shards], [self._grads, self._grad_shards, *self._lent.values()]
+
     # --- gradients ------------------------------------------------------------------------------
 
     def _own_grads(self) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from parallax.config import ModelConfig
 
-__all__ = ["recomputes_layer", "unit_activations", "unit_costs"]
+__all__ = ["fuses_loss", "recomputes_layer", "unit_activations", "unit_costs"]
+
+FUSE_ABOVE = 1 << 24
+"""Logits of a microbatch on a rank above which they are not held: 64 MB in float32."""
+
+
+def fuses_loss(num_tokens: int, width: float) -> bool:
+    """Whether the head computes its loss without holding the logits: num_tokens by this rank's `width` columns."""
+    return num_tokens * width > FUSE_ABOVE
 
 
 def recomputes_layer(mode: str, index: int) -> bool:

@@ -20,11 +20,11 @@ from parallax.batches import IGNORE, Microbatch
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
 from parallax.models.attention import Attention, rotary_table
-from parallax.models.costs import recomputes_layer
+from parallax.models.costs import fuses_loss, recomputes_layer
 from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
 from parallax.rng import derive_key
-from parallax.tensor.fused_loss import linear_cross_entropy, should_fuse
+from parallax.tensor.fused_loss import linear_cross_entropy
 from parallax.tensor.layers import (
     ColumnParallelLinear,
     Piece,
@@ -210,7 +210,7 @@ class Head(ColumnParallelLinear):
         if targets_N is None:
             return super().forward(x)
         options: dict[str, Any] = {"vocab_range": self.vocab_range, "ignore_index": IGNORE}
-        if should_fuse(targets_N.numel(), self.weight.shape[0]):
+        if fuses_loss(targets_N.numel(), self.weight.shape[0]):
             return linear_cross_entropy(x, self, targets_N, **options)
         return vocab_parallel_cross_entropy(super().forward(x), targets_N, self.tensor, overwrite=True, **options)
 

@@ -12,10 +12,8 @@ from parallax.gradients import GradSink
 from parallax.mesh import Axis
 from parallax.tensor.loss import CrossEntropy
 
-__all__ = ["OutputLayer", "linear_cross_entropy", "should_fuse"]
+__all__ = ["OutputLayer", "linear_cross_entropy"]
 
-FUSE_ABOVE = 1 << 24
-"""Logits of a microbatch on a rank above which they are not held: 64 MB in float32."""
 LOGITS_AT_ONCE = 1 << 22
 
 
@@ -26,11 +24,6 @@ class OutputLayer(Protocol):
     tensor: Axis
     sequence_parallel: bool
     sink: GradSink | None
-
-
-def should_fuse(num_tokens: int, width: int) -> bool:
-    """Whether the logits of so many tokens, of `width` columns on this rank, are too many to hold."""
-    return num_tokens * width > FUSE_ABOVE
 
 
 def linear_cross_entropy(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from parallax.memory import format_bytes
 from parallax.mesh import init_mesh
-from parallax.metrics import Metrics, format_bytes, format_duration, peak_flops
+from parallax.metrics import Metrics, format_duration, peak_flops
 from parallax.step import StepResult
 
 MESH = init_mesh("1x1x1", device_type="cpu")

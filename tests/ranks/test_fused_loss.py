@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from parallax.models import costs
 from parallax.tensor import fused_loss
 from tests.cases import LLAMA, SEQUENCE_PARALLEL, TIED, VARIANTS, fit_kv_heads, train, worst
 
@@ -22,7 +23,7 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 def fused(mesh: str, cases: list[Any]) -> list[Any]:
-    fused_loss.FUSE_ABOVE, fused_loss.LOGITS_AT_ONCE = 0, 1000
+    costs.FUSE_ABOVE, fused_loss.LOGITS_AT_ONCE = 0, 1000
     return [train(mesh, changes | options) for changes, options in cases]
 
 

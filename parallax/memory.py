@@ -1,0 +1,26 @@
+"""How much memory this process has held."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+__all__ = ["format_bytes", "peak_memory_bytes"]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held: CUDA's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
