@@ -32,6 +32,7 @@ from parallax.pipeline.transport import P2P
 from parallax.precision.loss_scale import LossScale
 from parallax.stage_plan import StagePlan, plan_stages, prove
 from parallax.step import TrainState
+from parallax.tensor.float8 import require_float8
 
 __all__ = ["DTYPES", "Run", "assemble", "build_stage"]
 
@@ -40,7 +41,9 @@ DTYPES = {
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8": torch.bfloat16,
 }
+"""What parameters and activations are held in."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +119,8 @@ def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBu
         seed=config.seed,
         dtype=DTYPES[config.dtype],
         recompute=config.recompute,
+        float8=config.dtype == "float8",
+        offload=config.offload_activations,
     )
 
 
@@ -128,6 +133,8 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     """
     if problems := check(config):
         raise ConfigError("; ".join(problems))
+    if config.dtype == "float8":
+        require_float8(mesh.device)
     baseline = peak_memory_bytes(mesh.device)
     batch = resolve_batch(config)
     plan = plan_stages(config)

@@ -203,7 +203,10 @@ class Config:
     steps: int = key(200, "optimizer steps", least=1)
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = key("float32", "dtype of parameters and activations")
+    dtype: Literal["float32", "float64", "bfloat16", "float16", "float8"] = key(
+        "float32", "dtype of parameters and activations; float8 = bfloat16, the layers' products in 8 bits"
+    )
+    offload_activations: bool = key(False, "keep the layers' activations in the host's memory until the backward")
     on_nan: Literal["stop", "skip", "rollback"] = key(
         "stop",
         "a gradient that is not finite: stop, skip the step, or go back to a checkpoint",

@@ -158,6 +158,8 @@ class _Reading:
     def add(self, name: str, raw: object, source: str, where: str) -> None:
         """Convert and keep one value, or report it. where: the argument, or the line of the file."""
         prefix = "" if source == "the command line" else f"{source}, {where}: "
+        if name == "precision" and isinstance(raw, str):  # a section, and a short name for the key that matters most
+            name = "dtype"
         if self.is_repeated(name, source, where):
             return
         if name not in keys():

@@ -14,7 +14,7 @@ __all__ = ["NAMES_ELSEWHERE", "did_you_mean", "unknown_key"]
 # value means something else (another unit, the opposite, one of two numbers): a suggestion leaves the value out.
 NAMES_ELSEWHERE: Mapping[str, str] = {
     "steps": "train_iters train_steps max_iters max_steps num_train_steps total_steps num_iterations",
-    "dtype": "bf16* fp16* params_dtype torch_dtype mixed_precision_param precision",
+    "dtype": "bf16* fp16* fp8* params_dtype torch_dtype mixed_precision_param",
     "output": "save out_dir output_dir save_dir dump_folder checkpoints_path run_dir",
     "resume": "load load_dir init_from* resume_from_checkpoint resume_checkpoint_path load_step* load_path",
     "log_every": "log_interval log_freq logging_steps steps_per_print iteration_step_info_interval",

@@ -201,6 +201,21 @@ def _resume(config: Config) -> str | None:
     return None
 
 
+def _float8(config: Config) -> str | None:
+    if config.dtype != "float8" or _batch(config):
+        return None
+    model, tensor = config.model, config.mesh_shape.tensor
+    tokens = resolve_batch(config).microbatch_size * config.corpus.sequence_length
+    sizes = {
+        "model.hidden": model.hidden,
+        "model.ffn / tensor": model.ffn_size / tensor,
+        "the width of the heads of a rank": model.heads * model.head_dim / tensor,
+        "the tokens of a microbatch": tokens,
+    }
+    wrong = [f"{name} = {size:g}" for name, size in sizes.items() if size % 16]
+    return f"dtype=float8 multiplies sizes that are multiples of 16, and {' and '.join(wrong)} not" if wrong else None
+
+
 def _on_nan(config: Config) -> str | None:
     if config.on_nan != "rollback":
         return None
@@ -267,6 +282,11 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("recompute", _recompute),
     ("resume output", _resume),
     ("on_nan dtype checkpoint.every", _on_nan),
+    (
+        "dtype mesh model.hidden model.ffn model.heads model.activation corpus.sequence_length "
+        "batch.global_size batch.microbatch_size batch.num_microbatches",
+        _float8,
+    ),
     ("optimizer.lr optimizer.min_lr", _min_lr),
     ("optimizer.decay_steps optimizer.warmup_steps", _decay_steps),
     ("steps optimizer.decay_start optimizer.decay_steps optimizer.schedule", _decay_start),

@@ -39,7 +39,7 @@ class MemoryModel:
     def __init__(self, config: Config, units: Sequence[Unit], in_flight: Sequence[int]) -> None:
         self.config, self.units, self.in_flight = config, units, in_flight
         shape, data = config.mesh_shape, config.data
-        self.size = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+        self.size = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 2}[config.dtype]
         self.parts = (data.shard_size or shape.data * shape.context) if data.zero else 1
         batch = resolve_batch(config)
         self.tokens = batch.microbatch_size * config.corpus.sequence_length

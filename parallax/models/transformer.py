@@ -9,6 +9,7 @@ parallelism each tensor rank holds N/tensor of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +22,14 @@ from parallax.config import ModelConfig
 from parallax.mesh import Mesh
 from parallax.models.attention import Attention, rotary_table
 from parallax.models.costs import fuses_loss, recomputes_layer
+from parallax.models.offload import offloaded
 from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
 from parallax.rng import derive_key
 from parallax.tensor.fused_loss import linear_cross_entropy
 from parallax.tensor.layers import (
     ColumnParallelLinear,
+    ParallelLinear,
     Piece,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -221,7 +224,8 @@ class Transformer(nn.Module):
     forward takes the activations of the stage before (None on the first stage), the microbatch, and the loss scale. It
     returns the activations for the next stage, or on the last stage scale times the sum of the token losses (float64).
     seed: keys dropout; training alone drops. recompute: none, selective (the core of attention), full (every layer) or
-    every-N (one layer of N).
+    every-N (one layer of N). float8: the products of the layers' linear layers are in 8 bits. offload: what the layers
+    keep for the backward lives in the host's memory.
     """
 
     def __init__(
@@ -235,10 +239,12 @@ class Transformer(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
+        float8: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.seed, self.dtype = config, mesh, seed, dtype
-        self.recompute = recompute
+        self.recompute, self.offload = recompute, offload
         self.sequence_parallel = sequence_parallel and mesh.tensor.size > 1
         self._rotary: Tensor | None = None
         args = (config, mesh, self.sequence_parallel, dtype)
@@ -246,6 +252,9 @@ class Transformer(nn.Module):
         if 0 in units:
             self.embedding = Embedding(config, mesh, sequence_length, self.sequence_parallel, dtype)
         self.layers = nn.ModuleDict({str(u - 1): Layer(u - 1, *args) for u in units if 1 <= u <= config.layers})
+        for module in self.layers.modules():
+            if isinstance(module, ParallelLinear):
+                module.float8 = float8
         if config.layers + 1 in units:
             self.final_norm = make_norm(*args)
             self.head = Head(*args)
@@ -264,11 +273,12 @@ class Transformer(nn.Module):
                 key = derive_key(drop_seed, rows.step, "embedding")
                 x = keyed_dropout(embedded, rows.rows_n, key, self.config.dropout)
         rotary = self._rotary_for(rows.shape[1], microbatch.tokens_BT.device)
-        for layer in self.layers.values():
-            assert isinstance(layer, Layer)
-            layer.attention.recompute_core = self.recompute == "selective"
-            again = self.training and recomputes_layer(self.recompute, layer.index)
-            x = recomputed(layer, x, rows, rotary, drop_seed) if again else layer(x, rows, rotary, drop_seed)
+        with offloaded() if self.offload and self.training else nullcontext():
+            for layer in self.layers.values():
+                assert isinstance(layer, Layer)
+                layer.attention.recompute_core = self.recompute == "selective"
+                again = self.training and recomputes_layer(self.recompute, layer.index)
+                x = recomputed(layer, x, rows, rotary, drop_seed) if again else layer(x, rows, rotary, drop_seed)
         if self.head is None or self.final_norm is None:
             assert x is not None
             return x

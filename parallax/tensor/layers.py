@@ -31,8 +31,16 @@ from parallax.errors import ConfigError
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
 from parallax.params import Init, Layout, even_cut, fill
+from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
 
-__all__ = ["ColumnParallelLinear", "Piece", "RowParallelLinear", "VocabParallelEmbedding", "initialize"]
+__all__ = [
+    "ColumnParallelLinear",
+    "ParallelLinear",
+    "Piece",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "initialize",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +69,15 @@ def initialize(module: nn.Module, name: str = "") -> None:
         parameter.data[start:].zero_()  # padded rows
 
 
-def _accumulate_product(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor) -> None:
-    """out += grad^T x, in the buffer itself where the dtypes allow."""
-    if out_FD.dtype == grad_NF.dtype:
-        out_FD.addmm_(grad_NF.t(), x_ND)
-    else:
-        out_FD.add_(grad_NF.t() @ x_ND)
-
-
-def _weight_grad(sink: GradSink | None, weight: nn.Parameter, grad_NF: Tensor, x_ND: Tensor) -> Tensor | None:
+def _weight_grad(layer: ParallelLinear, grad_NF: Tensor, x_ND: Tensor) -> Tensor | None:
+    weight = layer.weight
     if not weight.requires_grad:
         return None
-    if sink is None:
-        return grad_NF.t() @ x_ND
-    sink.add(weight, lambda out: _accumulate_product(grad_NF, x_ND, out))
+    if layer.sink is None:
+        out = torch.zeros_like(weight)
+        accumulate_weight_grad(grad_NF, x_ND, out, layer.float8)
+        return out
+    layer.sink.add(weight, lambda out: accumulate_weight_grad(grad_NF, x_ND, out, layer.float8))
     return None
 
 
@@ -100,16 +103,16 @@ class _Column(torch.autograd.Function):
         x_ND = all_gather(x, layer.tensor) if layer.sequence_parallel else x
         ctx.layer = layer
         ctx.save_for_backward(x_ND)
-        return nn.functional.linear(x_ND, weight, bias)
+        return linear(x_ND, weight, bias, layer.float8)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         layer: ColumnParallelLinear = ctx.layer
         (x_ND,) = ctx.saved_tensors
-        partial = grad @ layer.weight
+        partial = input_grad(grad, layer.weight, layer.float8)
         start = reduce_scatter_start if layer.sequence_parallel else all_reduce_start
         pending = start(partial, layer.tensor)
-        weight_grad = _weight_grad(layer.sink, layer.weight, grad, x_ND)
+        weight_grad = _weight_grad(layer, grad, x_ND)
         bias_grad = _bias_grad(layer.sink, layer.bias, grad)
         return pending.wait(), weight_grad, bias_grad, None
 
@@ -121,7 +124,7 @@ class _Row(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x)
-        partial = nn.functional.linear(x, weight)
+        partial = linear(x, weight, None, layer.float8)
         reduce = reduce_scatter if layer.sequence_parallel else all_reduce
         y = reduce(partial, layer.tensor)
         return y if bias is None else y.add_(bias)
@@ -132,11 +135,24 @@ class _Row(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         bias_grad = _bias_grad(layer.sink, layer.bias, grad)
         grad_ND = all_gather(grad, layer.tensor) if layer.sequence_parallel else grad
-        grad_x = grad_ND @ layer.weight
-        return grad_x, _weight_grad(layer.sink, layer.weight, grad_ND, x), bias_grad, None
+        grad_x = input_grad(grad_ND, layer.weight, layer.float8)
+        return grad_x, _weight_grad(layer, grad_ND, x), bias_grad, None
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelLinear(nn.Module):
+    """What the two layers share. sink: where weight gradients go; float8: whether products are in 8 bits."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    float8 = False
+
+    def __init__(self, tensor: Axis, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.tensor, self.sequence_parallel = tensor, sequence_parallel and tensor.size > 1
+        self.sink: GradSink | None = None
+
+
+class ColumnParallelLinear(ParallelLinear):
     """y = x A^T + b with the output features cut along tensor.
 
     x_ND -> y_Nf, f = F/tensor; with sequence_parallel x_nD -> y_Nf. weight [f, D], bias [f].
@@ -159,9 +175,7 @@ class ColumnParallelLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.tensor, self.sequence_parallel = tensor, sequence_parallel and tensor.size > 1
-        self.sink: GradSink | None = None
+        super().__init__(tensor, sequence_parallel)
         if pieces and sum(p.size for p in pieces) != out_features:
             raise ConfigError(f"the pieces sum to {sum(p.size for p in pieces)}, out_features is {out_features}")
         cuts = [_piece_layout(p, in_features, tensor, init_std) for p in pieces or [Piece("", out_features)]]
@@ -209,7 +223,7 @@ def _piece_layout(piece: Piece, in_features: int, tensor: Axis, init_std: float)
     return weight, bias
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """y = x A^T + b with the input features cut along tensor: takes what a column layer returns.
 
     x_Nf -> y_ND, or y_nD with sequence_parallel. weight [D, f], bias [D] (added once, after the sum).
@@ -230,9 +244,7 @@ class RowParallelLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.tensor, self.sequence_parallel = tensor, sequence_parallel and tensor.size > 1
-        self.sink: GradSink | None = None
+        super().__init__(tensor, sequence_parallel)
         columns = even_cut(in_features, tensor.size, tensor.rank, "in_features")
         self.layouts = {
             "weight": Layout(

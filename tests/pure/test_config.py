@@ -246,6 +246,7 @@ def configs(draw: st.DrawFn) -> Config:
         "recompute",
         "resume",
         "on_nan",
+        "dtype",
         "model.hidden",
         "model.heads",
         "optimizer.betas",
@@ -264,6 +265,7 @@ def configs(draw: st.DrawFn) -> Config:
         "batch.microbatch_size": draw(st.integers(1, 9)),
         "batch.num_microbatches": draw(st.integers(1, 9)),
         "pipeline.schedule": draw(st.sampled_from(["gpipe", "1f1b", "zb-h1", "zb-h2"])),
+        "dtype": draw(st.sampled_from(["float32", "float64", "bfloat16", "float16"])),
         "recompute": draw(st.sampled_from(["none", "selective", "full", "every-1", "every-12"])),
         "data.zero": 3,
         "data.gather": draw(st.sampled_from(["block", "step"])),
@@ -332,7 +334,7 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     text = help_text()
     for name, known in keys().items():
         assert re.search(rf"^  {re.escape(name)} +{re.escape(known.help)}$", text, re.MULTILINE), name
-    assert "float32|float64|bfloat16|float16, default float32" in text
+    assert "float32|float64|bfloat16|float16|float8, default float32" in text
     assert "integer|none, default none" in text and "number,number, default 0.9,0.95" in text
     assert "|".join(schedule_names()) in text
     assert max(map(len, text.splitlines())) <= 120
@@ -378,3 +380,11 @@ def test_reading_a_config_imports_no_torch():
     code = "import sys; from parallax.config_io import load; load(['mesh=2x2x2']); sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_precision_is_short_for_dtype():
+    assert load(["precision=bfloat16", "precision.loss_scale=8"]).dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="expected one of float32, float64, bfloat16, float16, float8"):
+        load(["precision=fp8"])
+    with pytest.raises(ConfigError, match="given twice"):
+        load(["precision=bfloat16", "dtype=float32"])

@@ -221,3 +221,29 @@ def test_learning_rate_warms_up_and_decays():
     assert OptimizerConfig(lr=1.0, warmup_steps=20).lr_at(19, 5) == 1.0
     assert OptimizerConfig(lr=1.0, warmup_steps=20).lr_at(20, 5) == 0.1
     assert OptimizerConfig(lr=1.0, warmup_steps=5).lr_at(5, 5) == 0.1
+
+
+def test_float8_wants_sixteens():
+    load(["dtype=float8", "batch.microbatch_size=1"])
+    with pytest.raises(ConfigError, match="model.hidden = 120 and the width of the heads of a rank = 120 not"):
+        load(["dtype=float8", "model.hidden=120", "model.ffn=256"])
+    with pytest.raises(ConfigError, match="model.ffn / tensor = 8 not"):
+        load(["dtype=float8", "model.ffn=16", "mesh=1x2x1"])
+
+
+def test_on_nan_rollback_needs_checkpoints():
+    with pytest.raises(ConfigError, match="checkpoint.every=0 makes none"):
+        load(["on_nan=rollback", "checkpoint.every=0"])
+    with pytest.raises(ConfigError, match="not for dtype=float16"):
+        load(["on_nan=rollback", "dtype=float16"])
+
+
+def test_the_decay_of_wsd_has_a_start():
+    config = load(["optimizer.schedule=wsd", "optimizer.warmup_steps=10", "steps=100", "optimizer.decay_start=60"])
+    rates = [config.optimizer.lr_at(step, 100) for step in (9, 10, 60, 80, 100)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3 * 0.55, 1e-4])
+    assert load(["optimizer.schedule=wsd"]).optimizer.lr_at(160, 200) == 1e-3
+    with pytest.raises(ConfigError, match="is for optimizer.schedule=wsd, not cosine"):
+        load(["optimizer.decay_start=60"])
+    with pytest.raises(ConfigError, match="after the decay's end at step 100"):
+        load(["optimizer.schedule=wsd", "optimizer.decay_start=160", "steps=100"])
