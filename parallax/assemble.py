@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from parallax.comm import gather_json
 from parallax.config import Config, ResolvedBatch, check, resolve_batch
 from parallax.data.buckets import FlatBuffers
+from parallax.data.choose import CASTS, replicate
 from parallax.data.gather import block_of
 from parallax.data.late import Tie
 from parallax.data.layout import Placed
-from parallax.data.replicate import Replicate
 from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
@@ -151,12 +151,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     sinks = {s: GradSink() for s in stages}
     for s, stage in stages.items():
         attach(stage, sinks[s])
-    wish = config.precision.reduce_dtype
-    options: dict[str, Any] = {"reduce_dtype": None if wish == "gradient" else DTYPES[wish]}
-    if shards.size > 1:
-        options |= {"models": stages, "shards": shards, "replicas": replicas}
-        options |= {"keep": config.data.gather == "step", "each": config.data.reduce == "microbatch"}
-    sync: BucketSync = (Zero if shards.size > 1 else Replicate)(mesh, flats, sinks, ties, **options)
+    sync = _sync(config, mesh, flats, sinks, ties, stages, shards, replicas)
     transport = P2P(mesh, schedule.num_stages)
     pipeline, evaluator = (
         Executor(stages, sinks, s, rank, transport, sync, mesh.device)  # type: ignore[arg-type]
@@ -215,6 +210,37 @@ def _shards(config: Config, mesh: Mesh) -> tuple[Axis, Axis]:
     """The ranks over which ZeRO cuts, and those that hold the same part."""
     size = (config.data.shard_size or mesh.grad.size) if config.data.zero else 1
     return cut_axis(mesh, mesh.grad, ("data", "context"), size)
+
+
+def _sync(
+    config: Config,
+    mesh: Mesh,
+    flats: Mapping[int, FlatBuffers],
+    sinks: Mapping[int, GradSink],
+    ties: Sequence[Tie],
+    stages: Mapping[int, nn.Module],
+    shards: Axis,
+    replicas: Axis,
+) -> BucketSync:
+    """What sums the gradients over data, as the configuration says."""
+    data, wish = config.data, config.precision.reduce_dtype
+    reduce_dtype = CASTS.get(data.compression, None if wish == "gradient" else DTYPES[wish])
+    if shards.size > 1:
+        keep, each = data.gather == "step", data.reduce == "microbatch"
+        cut: dict[str, Any] = {"models": stages, "shards": shards, "replicas": replicas, "keep": keep, "each": each}
+        return Zero(mesh, flats, sinks, ties, reduce_dtype=reduce_dtype, **cut)
+    return replicate(
+        mesh,
+        flats,
+        sinks,
+        ties,
+        compression=data.compression,
+        compression_rank=data.compression_rank,
+        compression_ratio=data.compression_ratio,
+        reduction=data.reduction,
+        seed=config.seed,
+        reduce_dtype=reduce_dtype,
+    )
 
 
 def _grad_dtype(config: Config) -> torch.dtype:

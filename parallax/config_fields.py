@@ -19,6 +19,7 @@ from parallax.mesh import MeshShape
 
 __all__ = [
     "DEFAULT_GLOBAL_SIZE",
+    "LOSSY",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
@@ -40,6 +41,8 @@ __all__ = [
 T = TypeVar("T")
 DEFAULT_GLOBAL_SIZE = 24
 WIDE_LIMIT = 2**63
+LOSSY = ("powersgd", "onebit", "topk")
+"""Compression with error feedback; the others of data.compression only cast."""
 
 
 def key(
@@ -126,6 +129,12 @@ class DataConfig:
     gather: Literal["block", "step"] = key("block", "zero=3: parameters are gathered for each block, or once a step")
     reduce: Literal["step", "microbatch"] = key("step", "zero=2, 3: when gradients are summed and cut")
     bucket_bytes: int = key(25 * 2**20, "size of a gradient bucket", least=1, below=WIDE_LIMIT)
+    compression: Literal["none", "float16", "bfloat16", "powersgd", "onebit", "topk"] = key(
+        "none", "of gradients over data ranks; the last three send less and owe the rest to the next step"
+    )
+    compression_rank: int = key(4, "compression=powersgd: rank of the two factors of a matrix", least=1)
+    compression_ratio: float = key(0.01, "compression=topk: share of the elements sent; 1 pays all", above=0)
+    reduction: Literal["sum", "adasum"] = key("sum", "how data ranks join gradients: their sum, or Adasum")
     grad_dtype: Literal["float32", "parameter"] = key("float32", "dtype of gradients; float64 parameters keep float64")
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from parallax.config_batch import divisors, listed, resolve_batch
-from parallax.config_fields import Config
+from parallax.config_fields import LOSSY, Config, keys
 from parallax.errors import ConfigError, ScheduleError
 
 __all__ = ["RULES", "schedule_names"]
@@ -186,6 +186,47 @@ def _zero(config: Config) -> str | None:
     return None
 
 
+def _compression(config: Config) -> str | None:
+    data, shown = config.data, f"data.compression={config.data.compression}"
+    if data.compression in LOSSY and data.zero:
+        return (
+            f"{shown} keeps what whole gradients are owed, and data.zero={data.zero} cuts them; set data.zero=0, or "
+            "data.compression=bfloat16"
+        )
+    if data.compression != "none" and config.precision.reduce_dtype != "gradient":
+        return (
+            f"{shown} and precision.reduce_dtype={config.precision.reduce_dtype} both say how gradients travel; leave "
+            "one of them out"
+        )
+    for name, of in (("data.compression_rank", "powersgd"), ("data.compression_ratio", "topk")):
+        value = getattr(data, name.partition(".")[2])
+        if data.compression != of and value != keys()[name].default:
+            return f"{name}={value} is for data.compression={of}, not {data.compression}; leave it out, or take {of}"
+    if data.compression_ratio > 1:
+        return f"data.compression_ratio={data.compression_ratio} is more than all elements; choose at most 1"
+    return None
+
+
+def _reduction(config: Config) -> str | None:
+    data, shape = config.data, config.mesh_shape
+    copies, shown = shape.data * shape.context, f"data.reduction={config.data.reduction}"
+    if data.reduction == "sum":
+        return None
+    if data.zero:
+        return f"{shown} needs whole gradients, and data.zero={data.zero} cuts them; set data.zero=0"
+    if copies & (copies - 1):
+        return (
+            f"{shown} joins ranks in pairs, and mesh={config.mesh} has {copies} data ranks; choose a power of two, "
+            f"such as {1 << copies.bit_length() - 1}"
+        )
+    if data.compression != "none" or config.precision.reduce_dtype != "gradient":
+        return (
+            f"{shown} takes dot products of the gradients as they are; leave out data.compression and "
+            "precision.reduce_dtype"
+        )
+    return None
+
+
 def _recompute(config: Config) -> str | None:
     if config.recompute in ("none", "selective", "full") or re.fullmatch("every-[1-9][0-9]*", config.recompute):
         return None
@@ -279,6 +320,11 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
         _schedule,
     ),
     ("mesh data.zero data.shard_size data.gather data.reduce", _zero),
+    (
+        "data.zero data.compression data.compression_rank data.compression_ratio precision.reduce_dtype",
+        _compression,
+    ),
+    ("mesh data.zero data.reduction data.compression precision.reduce_dtype", _reduction),
     ("recompute", _recompute),
     ("resume output", _resume),
     ("on_nan dtype checkpoint.every", _on_nan),

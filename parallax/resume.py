@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from parallax.config import Config
 from parallax.config_io import to_dict, to_yaml
 from parallax.errors import CheckpointError, ConfigError
 from parallax.mesh import Mesh
-from parallax.params import ParamSpec
+from parallax.owed import Loading, holders, owed_entries
 from parallax.step import TrainState
 
 __all__ = ["Checkpoints", "prepare_output"]
@@ -105,9 +104,8 @@ class Checkpoints:
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
         keep = self.run.config.checkpoint.keep
-        return checkpoint.save(
-            self.directory, state.step, self._entries(state, saving=True), counts, self._exchange, keep=keep
-        )
+        entries = self._entries(state, saving=True) + owed_entries(self.run)
+        return checkpoint.save(self.directory, state.step, entries, counts, self._exchange, keep=keep)
 
     def resume(self, state: TrainState) -> Path | None:
         """Load what config.resume names into the state: `auto` the latest one if there is any, `none` nothing.
@@ -150,9 +148,12 @@ class Checkpoints:
         return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
 
     def _load(self, path: Path, state: TrainState) -> None:
-        saved = checkpoint.read_manifest(path).state
+        manifest = checkpoint.read_manifest(path)
+        saved = manifest.state
         self._check_same(path, saved)
-        checkpoint.load(path, self._entries(state), self._exchange)
+        loading = Loading(self.run, manifest)
+        checkpoint.load(path, self._entries(state) + loading.entries, self._exchange, leaves=loading.leaves)
+        loading.finish()
         state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
         state.batches = int(saved.get("batches", state.step))
         state.loss_scale.load(saved)
@@ -186,7 +187,9 @@ class Checkpoints:
             for piece in flat.pieces:
                 if cut and saving and piece.spec.tied:
                     continue  # the stage of the first use has it, cut elsewhere
-                replicas = self._replicas(piece.spec)
+                # Along mesh.grad all ranks hold the same, or with ZeRO those of one place in their shard group.
+                same = range(self.run.shards.rank, self.run.mesh.grad.size, self.run.shards.size)
+                replicas = holders(self.run, piece.spec, same)
                 for box, start, stop in piece.boxes():
                     shape = [last - first for first, last in box]
                     entries += [
@@ -201,22 +204,3 @@ class Checkpoints:
                         if (segment := segments[piece.segment]) is not None
                     ]
         return entries
-
-    def _replicas(self, spec: ParamSpec) -> tuple[int, ...]:
-        """The global ranks that hold the very box."""
-        mesh, schedule = self.run.mesh, self.run.schedule
-        pipeline: Sequence[int] = (mesh.pipeline.rank,)
-        if spec.name in {tie.name for tie in self.run.sync.ties} and self.run.shards.size == 1:
-            pipeline = sorted({schedule.stage_to_rank[0], schedule.stage_to_rank[-1]})
-        shape = mesh.shape
-        # Along mesh.grad all ranks hold the same, or with ZeRO those of one place in their shard group.
-        same = range(self.run.shards.rank, mesh.grad.size, self.run.shards.size)
-        grad = [divmod(place, shape.context) for place in same]
-        return tuple(
-            sorted(
-                shape.rank_at({"pipeline": p, "data": d, "context": c, "tensor": t})
-                for p in pipeline
-                for d, c in grad
-                for t in spec.tensor_ranks
-            )
-        )

@@ -70,8 +70,8 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
 
 def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     tokens = count_tokens(batch, run.mesh)
-    run.sync.zero()
     scale = state.loss_scale.value
+    run.sync.zero(scale)
     scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=scale / max(1, tokens))
     loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards)
     loss, norm = loss / scale, norm / scale

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from parallax.comm import all_reduce, broadcast
+from parallax.config_fields import LOSSY
 from parallax.data.buckets import FlatBuffers
+from parallax.data.choose import CASTS, replicate
 from parallax.data.gather import block_of
-from parallax.data.replicate import Replicate
 from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
@@ -53,10 +54,12 @@ class DataParallel(nn.Module):
     over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
     ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
     before the first training forward of every step, as in DDP. A parameter without a gradient counts as zero; frozen
-    ones stay whole and as they are.
+    ones stay whole and as they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe
+    is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
 
-    Collectives: a broadcast of the state; a step's are those of Replicate or Zero. Raises ConfigError for a mesh with a
-    pipeline, for parameters of more than one dtype or device, and for a zero or shard_size that cannot be.
+    Collectives: a broadcast of the state; a step's are those of Replicate, Zero or the compressor. Raises ConfigError
+    for a mesh with a pipeline, for parameters of more than one dtype or device, and for a zero, shard_size or
+    compression that cannot be.
     """
 
     def __init__(
@@ -70,9 +73,13 @@ class DataParallel(nn.Module):
         bucket_bytes: int = 25 * 2**20,
         broadcast_buffers: bool = True,
         no_decay: Sequence[str] = (),
+        compression: str = "none",
+        compression_rank: int = 4,
+        compression_ratio: float = 0.01,
     ) -> None:
         super().__init__()
         _check(module, mesh, zero, shard_size, gather)
+        _check_compression(compression, compression_rank, compression_ratio, zero)
         self.module, self.mesh, self.broadcast_buffers = module, mesh, broadcast_buffers
         for tensor in [*module.parameters(), *module.buffers()]:
             if not tensor.is_meta:
@@ -99,9 +106,12 @@ class DataParallel(nn.Module):
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
         if self.shards.size > 1:
-            self.sync = Zero(mesh, flats, {}, learns=False, **cut)  # type: ignore[arg-type]
+            cast = CASTS.get(compression)
+            self.sync = Zero(mesh, flats, {}, learns=False, reduce_dtype=cast, **cut)  # type: ignore[arg-type]
         else:
-            self.sync = Replicate(mesh, flats, {}, learns=False)
+            lossy = {"compression_rank": compression_rank, "compression_ratio": compression_ratio}
+            self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
+        self._lossy = compression in LOSSY
         self._accumulating = self._joining = False
         self.active = True
         self.num_active = mesh.grad.size
@@ -199,6 +209,8 @@ class DataParallel(nn.Module):
             raise ConfigError(
                 "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
             )
+        if self._lossy:
+            raise ConfigError("join weighs gradients anew, not what compression owes; leave out one of the two")
         self._joining = True
         self.begin_step()
         try:
@@ -275,6 +287,16 @@ def _check(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gat
     (kind,) = kinds
     if kind[1] not in ("meta", mesh.device.type):
         raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
+
+
+def _check_compression(compression: str, rank: int, ratio: float, zero: int) -> None:
+    known = ("none", *CASTS, *LOSSY)
+    if compression not in known:
+        raise ConfigError(f"compression={compression} is unknown; choose {', '.join(known[:-1])} or {known[-1]}")
+    if compression in LOSSY and zero:
+        raise ConfigError(f"compression={compression} needs whole gradients, and zero={zero} cuts them; use zero=0")
+    if rank < 1 or not 0 < ratio <= 1:
+        raise ConfigError(f"compression_rank={rank} must be at least 1, compression_ratio={ratio} above 0, at most 1")
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -51,6 +51,7 @@ RANK = {
     "optimizers": 11,
     "models": 11,
     "replicas": 11,
+    "owed": 11,
     "postmortem": 11,
     "step": 12,
     "assemble": 13,

@@ -18,8 +18,10 @@ __all__ = ["load"]
 
 
 @torch.no_grad()
-def load(path: Path, entries: Sequence[Entry], exchange: Exchange) -> Mapping[str, Any]:
+def load(path: Path, entries: Sequence[Entry], exchange: Exchange, *, leaves: Sequence[str] = ()) -> Mapping[str, Any]:
     """Fill every entry from a checkpoint; returns the state that was saved with it.
+
+    Every tensor in it must be wanted by some rank's entries, or be named in some rank's `leaves`.
 
     A rank reads only the slices that its boxes meet. Nothing is changed before manifest, names, shapes, dtypes and
     hashes have been checked on every rank; the files' hashes are shared out over the ranks. Collectives: exchanges of
@@ -29,7 +31,7 @@ def load(path: Path, entries: Sequence[Entry], exchange: Exchange) -> Mapping[st
     agree(_attempt(lambda: manifest.append(read_manifest(path))), exchange)
     found = manifest[0]
     agree(_attempt(lambda: _check_entries(found, entries)), exchange)
-    agree(_attempt(lambda: _check_names(found, exchange.gather_json([e.name for e in entries]))), exchange)
+    agree(_attempt(lambda: _check_names(found, exchange.gather_json([*(e.name for e in entries), *leaves]))), exchange)
     agree(_attempt(lambda: _check_hashes(found, exchange)), exchange)
     agree(_attempt(lambda: _fill(found, entries)), exchange)
     return found.state

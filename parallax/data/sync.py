@@ -22,8 +22,8 @@ __all__ = ["BucketSync", "GradSync"]
 class GradSync(Protocol):
     """Replicate and the levels of ZeRO are implementations; nobody else sees a difference."""
 
-    def zero(self) -> None:
-        """Begin a step: gradients back to zero."""
+    def zero(self, scale: float = 1.0) -> None:
+        """Begin a step: gradients back to zero. They will be `scale` times the true ones."""
         ...
 
     def unshard(self, stage: int) -> None:
@@ -89,7 +89,7 @@ class BucketSync:
         """Return when every reduction that was begun is done."""
         raise NotImplementedError
 
-    def zero(self) -> None:
+    def zero(self, scale: float = 1.0) -> None:
         for flat in self.flats.values():
             flat.zero_grads()
 

@@ -57,8 +57,8 @@ class Zero(BucketSync):
         self._pending: deque[tuple[FlatBuffers, Bucket, Pending]] = deque()
         self._filled: set[Bucket] = set()
 
-    def zero(self) -> None:
-        super().zero()
+    def zero(self, scale: float = 1.0) -> None:
+        super().zero(scale)
         self._filled.clear()
 
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
