@@ -74,16 +74,16 @@ class Adasum(BucketSync):
         return {key: factors[row] for key, row in row_of.items()}
 
     def _sum_over_tensor(self, specs: list[ParamSpec], dots: Tensor) -> None:
-        """Add up the dot products of what tensor cuts, each box once, in rank order: a tied weight lies elsewhere in
-        another stage's vector, and must come to the same."""
+        """Add up the dot products of what tensor cuts, in rank order: a tied weight lies elsewhere in another stage's
+        vector, and must come to the same. Boxes that several ranks hold count as often in every product, so their
+        number cancels in the factors.
+        """
         axis = self.mesh.tensor
         if axis.size == 1 or not specs:
             return
-        device = dots.device
-        cut = torch.tensor(["tensor" in spec.shards for spec in specs], device=device)
-        counts = torch.tensor([spec.tensor_ranks[0] == axis.rank for spec in specs], device=device)
+        cut = torch.tensor(["tensor" in spec.shards for spec in specs], device=dots.device)
         total = torch.zeros_like(dots)
-        for theirs in all_gather(torch.where(counts[:, None], dots, 0.0)[None], axis):
+        for theirs in all_gather(dots[None], axis):
             total += theirs
         dots.copy_(torch.where(cut[:, None], total, dots))
 

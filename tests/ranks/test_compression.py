@@ -54,7 +54,7 @@ def reduce_steps(size: int, dtype: torch.dtype, options: dict[str, Any]) -> dict
     """What each step applies, what this rank owes after it, and what it sent."""
     mesh = init_mesh(f"{size}x1x1", device_type="cpu")
     model = Shapes().to(dtype)
-    flat = FlatBuffers(model, collect(model, mesh), bucket_bytes=3000, grad_dtype=dtype, ranks=size)
+    flat = FlatBuffers(model, collect(model, mesh), bucket_bytes=1000, grad_dtype=dtype, ranks=size)
     assert len(flat.buckets) > 1
     sync = replicate(mesh, {0: flat}, {}, **options)
     steps = []
@@ -171,7 +171,9 @@ def test_the_formulas_on_stacked_gradients(ranks, kind: str, size: int):
             here = found[rank]["steps"][step]
             for name, applied in here["applied"].items():
                 if step == SKIPPED:
-                    assert name != "wide" or not applied.isfinite().all(), "the norm must see what is not finite"
+                    assert name != "wide" or size == 1 or not applied.isfinite().all(), (
+                        "the norm must see what is not finite"
+                    )
                     continue
                 assert applied.equal(found[0]["steps"][step]["applied"][name]), "the same bits everywhere"
                 if expected is None:  # alone there is nothing to compress
