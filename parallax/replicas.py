@@ -27,7 +27,14 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def checksum(values: Tensor) -> int:
     """The sum of the values' bits, as integers that wrap: any one flipped bit changes it."""
-    return int(values.detach().reshape(-1).view(INTEGERS[values.element_size()]).sum(dtype=torch.int64).item())
+    flat = values.detach().reshape(-1)
+    # Eight bytes to an integer: many times as fast as to widen each value.
+    each = 8 // flat.element_size()
+    if flat.storage_offset() % each or flat.data_ptr() % 8:
+        flat = flat.clone()
+    whole = flat.numel() // each * each
+    rest = flat[whole:].view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+    return int((rest + flat[:whole].view(torch.int64).sum()).item())
 
 
 def check_replicas(run: Run) -> None:

@@ -129,6 +129,7 @@ class DataParallel(nn.Module):
         """Forget the gradients so far; a forward that has begun the step stays its beginning."""
         self.sync.wait()
         self.sync.zero()
+        self.armed = self.armed and not self.reduced  # after its backward the forward's step is over
         self.reduced = False
         if self.armed:
             self.sync.arm(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallax.comm import sum_start
-from parallax.data.compress import Compressor, Part, Steps, message_for, put
+from parallax.data.compress import Compressor, Part, Steps, aligned, message_for, put
 from parallax.data.layout import Bucket
 from parallax.mesh import Axis
 from parallax.rng import derive_key, fill_normal
@@ -51,7 +51,9 @@ class PowerSGD(Compressor):
 
     def takes(self, part: Part) -> bool:
         rows, columns = part.block_shape
-        return super().takes(part) and self.rank_of(part) * (rows + columns) < rows * columns
+        rank = self.rank_of(part)
+        fewer = aligned(rank * rows) + aligned(rank * columns) < aligned(rows * columns)
+        return fewer and super().takes(part)
 
     def reduce(self, bucket: Bucket, delta: Tensor, out: Tensor) -> Steps:
         taken, plain = self.split(bucket)

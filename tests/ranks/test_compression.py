@@ -32,11 +32,11 @@ class Shapes(nn.Module):
         self.thin = nn.Parameter(torch.zeros(2, 9))
         self.norm_bias = nn.Parameter(torch.zeros(13))
         self.scale = nn.Parameter(torch.zeros(()))
-        self.unused = nn.Parameter(torch.zeros(12, 10))
+        self.unused = nn.Parameter(torch.zeros(12, 20))
         self.frozen = nn.Parameter(torch.zeros(6, 6), requires_grad=False)
 
 
-MATRICES = {"wide": (29, 37), "deep": (11, 15), "unused": (12, 10)}
+MATRICES = {"wide": (29, 37), "deep": (11, 15), "unused": (12, 20)}
 
 
 def gradient(name: str, shape: tuple[int, ...], rank: int, step: int) -> Tensor | None:
@@ -79,7 +79,8 @@ def reduce_steps(size: int, dtype: torch.dtype, options: dict[str, Any]) -> dict
 
 
 def one_bit(deltas: list[Tensor], state: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    sent = [torch.where(d >= 0, 1.0, -1.0).double() * d.abs().mean() for d in deltas]
+    scales = [d.abs().view(d.shape[0], -1).mean(1).view(-1, *[1] * (d.dim() - 1)) for d in deltas]
+    sent = [torch.where(d >= 0, 1.0, -1.0).double() * scale for d, scale in zip(deltas, scales, strict=True)]
     return sum(sent, torch.zeros_like(deltas[0])), [d - s for d, s in zip(deltas, sent, strict=True)]
 
 
@@ -228,7 +229,7 @@ def test_a_step_sends_what_the_docstrings_say(ranks, kind: str, size: int):
             else:
                 sums += padded(rest, size)
             if kind == "onebit" and matrices:
-                gathered += num_elements // 8 + 4 * len(matrices)
+                gathered += num_elements // 8 + 4 * sum(shapes[n][0] for n in matrices)
             elif kind == "topk":
                 gathered += 8 * sum(math.ceil(RATIO * counts[n]) for n in matrices)
         expected = {"all_gather": (size - 1) * gathered}

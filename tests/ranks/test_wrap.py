@@ -233,9 +233,9 @@ def test_scripts_written_for_ddp_get_its_numbers(ranks):
 
 
 class Frozen(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
         self.blocks[1].requires_grad_(False)
         self.scale = nn.Parameter(torch.tensor(2.0))
 
@@ -282,6 +282,9 @@ def test_frozen_parameters_stay_and_weight_decay_keeps_to_its_names(ranks):
         ("1x1x1", {"zero": 4}, "zero=4 is unknown"),
         ("1x1x1", {"gather": "layer"}, "choose block or step"),
         ("1x1x1", {"shard_size": 2}, "needs zero=1 to 3"),
+        ("1x1x1", {"compression": "zip"}, "choose none, float16, bfloat16, powersgd, onebit or topk"),
+        ("1x1x1", {"compression": "onebit", "zero": 1}, "zero=1 cuts them; use zero=0"),
+        ("1x1x1", {"compression": "topk", "compression_ratio": 0.0}, "compression_ratio=0.0 above 0"),
     ],
 )
 def test_a_wrong_option_is_named(mesh: str, options: dict[str, Any], text: str):
