@@ -41,7 +41,7 @@ def describe_memory(run: Run, state: TrainState) -> str:
 def held_bytes(run: Run, state: TrainState) -> dict[str, int]:
     """Bytes on this rank's device between two steps: parameters, gradients, optimizer."""
     device = run.mesh.device
-    found = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    found = {"parameters": 0, "gradients": _bytes(run.sync.held(), device), "optimizer": 0}
     for stage, flat in run.flats.items():
         parameters, gradients = flat.held()
         found["parameters"] += _bytes(parameters, device)

@@ -85,6 +85,9 @@ class Compressed(BucketSync):
         self._done.clear()
         self.compressor.commit()
 
+    def held(self) -> list[Tensor]:
+        return [*self._owed.values(), *self._next.values(), *self.compressor.warm.values()]
+
     def owed(self) -> Iterator[tuple[Part, Tensor]]:
         """What this rank owes of each matrix, in the shape of its box. Vectors are never owed."""
         for bucket, parts in self.parts.items():

@@ -102,6 +102,10 @@ class BucketSync:
     def gather_all(self) -> None:
         """Have every parameter whole and up to date, for who reads them outside of a forward."""
 
+    def held(self) -> list[Tensor]:
+        """What it keeps from step to step besides the buffers."""
+        return []
+
     def arm(self, stage: int) -> None:
         self._stages[stage].arm()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from parallax.config import Config, resolve_batch
+from parallax.config_fields import LOSSY
 from parallax.models.costs import fuses_loss, unit_activations
 from parallax.pipeline.split import Span, Unit
 
@@ -58,6 +59,8 @@ class MemoryModel:
         grad: float = self.size if self.size == 8 or data.grad_dtype == "parameter" else 4
         if data.zero >= 2 and self.reduced_at_once:
             grad /= self.parts
+        if data.compression in LOSSY:  # what is owed, before and after the step
+            grad += 2 * max(4, self.size)
         values = self.size / self.parts if data.zero == 3 and data.gather == "block" else self.size
         activations = sum(self._activations(unit) for unit in range(first, last))
         return StageMemory(

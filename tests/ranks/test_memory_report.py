@@ -38,6 +38,7 @@ def parts_each(mesh: str, options: list[dict[str, Any]]) -> list[Any]:
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x1x2", "2x2x1"])
 def test_each_part_is_as_predicted(ranks, mesh: str):
     options = [GPT2 | optimizer | {"data.zero": 0} for optimizer in OPTIMIZERS.values()]
+    options += [GPT2 | {"data.zero": 0, "data.compression": "onebit"}]
     if mesh != "1x1x1":
         options += [LLAMA | {"model.kv_heads": 24, "data.zero": z, "batch.num_microbatches": 1} for z in (1, 2, 3)]
         options += [LLAMA | OPTIMIZERS["narrow"] | {"model.kv_heads": 24, "data.zero": 2}]
