@@ -206,7 +206,7 @@ def test_a_roll_back_takes_back_what_is_owed(ranks, tmp_path: Path):
 def learn(changes: dict[str, Any], num_steps: int) -> float:
     """The mean loss of the last 20 steps on real text."""
     options = BASE | {"dtype": "float32", "model.layers": 2, "model.hidden": 64, "model.heads": 4, "model.ffn": 128}
-    options |= {"model.vocab": 256, "corpus.sequence_length": 64, "optimizer.lr": 3e-3, "optimizer.warmup_steps": 20}
+    options |= {"model.vocab": 256, "corpus.sequence_length": 64, "optimizer.lr": 1e-3, "optimizer.warmup_steps": 20}
     run, state = start("4x1x1", **options | {"steps": num_steps} | changes)
     corpus = corpus_for(run.config)
     losses = []
@@ -215,9 +215,35 @@ def learn(changes: dict[str, Any], num_steps: int) -> float:
     return sum(losses[-20:]) / 20
 
 
+def learn_forgetful(changes: dict[str, Any], num_steps: int) -> float:
+    """The same, but what is not sent is lost."""
+    honest = Compressed.publish
+
+    def publish(self: Compressed) -> None:
+        honest(self)
+        self.reset(owes=False)
+
+    Compressed.publish = publish  # type: ignore[method-assign]
+    return learn(changes, num_steps)
+
+
+SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.3, "optimizer.momentum": 0.9}
+FINER = {"onebit": {}, "topk": {"data.compression_ratio": 0.2}, "powersgd": {"data.compression_rank": 8}, "adasum": {}}
+
+
 @pytest.mark.slow
-def test_training_comes_close_to_that_without_compression(ranks):
-    plain = ranks(4, learn, {}, 200)[0]
-    losses = {kind: ranks(4, learn, changes, 200)[0] for kind, changes in KINDS.items()}
-    print({kind: f"{loss:.4f}, {loss / plain - 1:+.2%}" for kind, loss in losses.items()}, f"without {plain:.4f}")
-    assert all(loss < 1.05 * plain for loss in losses.values())
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_comes_close_to_that_without_compression(ranks, optimizer: str):
+    """Within 3 percent with SGD, for which compression was made; with AdamW within 5, sending two to four times that."""
+    base = SGD if optimizer == "sgd" else {}
+    kinds = {k: base | v for k, v in KINDS.items() if k != "adasum"}
+    kinds = kinds if base else {k: v | FINER[k] for k, v in KINDS.items()}
+    plain = ranks(4, learn, base, 200)[0]
+    excess = {kind: ranks(4, learn, changes, 200)[0] / plain - 1 for kind, changes in kinds.items()}
+    print(optimizer, f"without {plain:.4f};", {kind: f"{more:+.2%}" for kind, more in excess.items()})
+    assert all(more < (0.03 if base else 0.05) for more in excess.values())
+    if not base:
+        lost = ranks(4, learn_forgetful, kinds["powersgd"], 200)[0] / plain - 1
+        print(f"powersgd without feedback {lost:+.2%}")
+        assert excess["powersgd"] < 0.03 < lost, "without feedback it is worse"
