@@ -235,7 +235,7 @@ FINER = {"onebit": {}, "topk": {"data.compression_ratio": 0.2}, "powersgd": {"da
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_comes_close_to_that_without_compression(ranks, optimizer: str):
-    """Within 3 percent with SGD, for which compression was made; with AdamW within 5, sending two to four times that."""
+    """Within 3 percent with SGD, for which it was made; with AdamW within 5, sending up to four times that."""
     base = SGD if optimizer == "sgd" else {}
     kinds = {k: base | v for k, v in KINDS.items() if k != "adasum"}
     kinds = kinds if base else {k: v | FINER[k] for k, v in KINDS.items()}
