@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from parallax.comm import gather_json
 from parallax.config import Config, ResolvedBatch, check, resolve_batch
+from parallax.data.adasum import AdasumSync
 from parallax.data.buckets import FlatBuffers
+from parallax.data.compressed import CompressedSync
 from parallax.data.gather import block_of
 from parallax.data.late import Tie
 from parallax.data.layout import Placed
@@ -151,12 +153,8 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     sinks = {s: GradSink() for s in stages}
     for s, stage in stages.items():
         attach(stage, sinks[s])
-    wish = config.precision.reduce_dtype
-    options: dict[str, Any] = {"reduce_dtype": None if wish == "gradient" else DTYPES[wish]}
-    if shards.size > 1:
-        options |= {"models": stages, "shards": shards, "replicas": replicas}
-        options |= {"keep": config.data.gather == "step", "each": config.data.reduce == "microbatch"}
-    sync: BucketSync = (Zero if shards.size > 1 else Replicate)(mesh, flats, sinks, ties, **options)
+    kind, options = _choose_sync(config, mesh, stages, shards, replicas)
+    sync = kind(mesh, flats, sinks, ties, **options)
     transport = P2P(mesh, schedule.num_stages)
     pipeline, evaluator = (
         Executor(stages, sinks, s, rank, transport, sync, mesh.device)  # type: ignore[arg-type]
@@ -209,6 +207,21 @@ def build_flat(
         group_of=lambda name: blocks[names[name]],
         kind_of=kind_of(config.optimizer),
     )
+
+
+def _choose_sync(
+    config: Config, mesh: Mesh, stages: Mapping[int, nn.Module], shards: Axis, replicas: Axis
+) -> tuple[type[BucketSync], dict[str, Any]]:
+    """Who sums the gradients over the data ranks, and its options."""
+    data, wish = config.data, config.precision.reduce_dtype
+    options: dict[str, Any] = {"reduce_dtype": None if wish == "gradient" else DTYPES[wish]}
+    if shards.size > 1:
+        options |= {"models": stages, "shards": shards, "replicas": replicas}
+        return Zero, options | {"keep": data.gather == "step", "each": data.reduce == "microbatch"}
+    if mesh.grad.size > 1 and data.compression != "none":
+        options |= {"compression": data.compression, "rank": data.compression_rank, "ratio": data.compression_ratio}
+        return CompressedSync, options
+    return (AdasumSync if data.reduction == "adasum" else Replicate), options
 
 
 def _shards(config: Config, mesh: Mesh) -> tuple[Axis, Axis]:

@@ -30,6 +30,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "close",
+    "exchange",
     "exchange_sum",
     "gather_json",
     "reduce_scatter",
@@ -174,11 +175,8 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     return tensor
 
 
-def exchange_sum(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
-    """The sum of this rank's tensor and that of one other rank of the axis, the same bits on both.
-
-    Only the two take part: each sends its tensor's bytes once. Their order does not matter, since a + b = b + a.
-    """
+def exchange(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
+    """Another rank's tensor of the same shape, in return for this one. Only the two take part: each sends its bytes."""
     _count(axis, "exchange", tensor.nbytes)
     other = torch.empty_like(tensor)
     tensor = tensor.contiguous()
@@ -186,7 +184,12 @@ def exchange_sum(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
     ops = [dist.P2POp(dist.isend, tensor, rank, axis.group), dist.P2POp(dist.irecv, other, rank, axis.group)]
     for work in dist.batch_isend_irecv(ops):
         work.wait()
-    return other.add_(tensor)
+    return other
+
+
+def exchange_sum(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
+    """The sum of this rank's tensor and that of one other rank of the axis, the same bits on both: a + b = b + a."""
+    return exchange(tensor, axis, peer).add_(tensor)
 
 
 def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:

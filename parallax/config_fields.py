@@ -125,6 +125,12 @@ class DataConfig:
     shard_size: int | None = key(None, "zero: neighbouring ranks that share one copy; none = all", least=1)
     gather: Literal["block", "step"] = key("block", "zero=3: parameters are gathered for each block, or once a step")
     reduce: Literal["step", "microbatch"] = key("step", "zero=2, 3: when gradients are summed and cut")
+    compression: Literal["none", "bfloat16", "float16", "powersgd", "onebit", "topk"] = key(
+        "none", "how gradients travel over data ranks; what is left unsaid is owed to the next step"
+    )
+    compression_rank: int = key(4, "compression=powersgd: rank of its matrices", least=1)
+    compression_ratio: float = key(0.01, "compression=topk: share of the numbers that is sent", above=0, below=1)
+    reduction: Literal["sum", "adasum"] = key("sum", "how the data ranks' gradients become one")
     bucket_bytes: int = key(25 * 2**20, "size of a gradient bucket", least=1, below=WIDE_LIMIT)
     grad_dtype: Literal["float32", "parameter"] = key("float32", "dtype of gradients; float64 parameters keep float64")
 

@@ -186,6 +186,25 @@ def _zero(config: Config) -> str | None:
     return None
 
 
+def _compression(config: Config) -> str | None:
+    data, shape = config.data, config.mesh_shape
+    wish = f"data.compression={data.compression}" if data.compression != "none" else f"data.reduction={data.reduction}"
+    if data.compression == "none" and data.reduction == "sum":
+        return None
+    if data.compression != "none" and data.reduction != "sum":
+        return f"data.reduction={data.reduction} sends whole gradients; leave {wish} out, or the reduction"
+    if data.zero:
+        return f"{wish} is for data.zero=0, where every rank has all gradients; leave it out, or set data.zero=0"
+    if config.dtype == "float16":
+        return f"{wish} and dtype=float16, whose loss scale changes, do not go together; set dtype=bfloat16"
+    if config.precision.reduce_dtype != "gradient":
+        return f"{wish} and precision.reduce_dtype both say how gradients travel; leave one of them out"
+    copies = shape.data * shape.context
+    if data.reduction == "adasum" and copies & (copies - 1):
+        return f"data.reduction=adasum pairs the data ranks, and {copies} is no power of two (mesh={config.mesh})"
+    return None
+
+
 def _recompute(config: Config) -> str | None:
     if config.recompute in ("none", "selective", "full") or re.fullmatch("every-[1-9][0-9]*", config.recompute):
         return None
@@ -279,6 +298,7 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
         _schedule,
     ),
     ("mesh data.zero data.shard_size data.gather data.reduce", _zero),
+    ("mesh data.zero data.compression data.reduction dtype precision.reduce_dtype", _compression),
     ("recompute", _recompute),
     ("resume output", _resume),
     ("on_nan dtype checkpoint.every", _on_nan),

@@ -17,6 +17,7 @@ from parallax.config import Config
 from parallax.config_io import to_dict, to_yaml
 from parallax.errors import CheckpointError, ConfigError
 from parallax.mesh import Mesh
+from parallax.owed import OWED, owed_entries, owed_ranks
 from parallax.params import ParamSpec
 from parallax.step import TrainState
 
@@ -105,9 +106,8 @@ class Checkpoints:
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
         keep = self.run.config.checkpoint.keep
-        return checkpoint.save(
-            self.directory, state.step, self._entries(state, saving=True), counts, self._exchange, keep=keep
-        )
+        entries = self._entries(state, saving=True) + owed_entries(self.run, self.run.mesh.grad.size, self._replicas)[0]
+        return checkpoint.save(self.directory, state.step, entries, counts, self._exchange, keep=keep)
 
     def resume(self, state: TrainState) -> Path | None:
         """Load what config.resume names into the state: `auto` the latest one if there is any, `none` nothing.
@@ -150,9 +150,13 @@ class Checkpoints:
         return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
 
     def _load(self, path: Path, state: TrainState) -> None:
-        saved = checkpoint.read_manifest(path).state
+        manifest = checkpoint.read_manifest(path)
+        saved = manifest.state
         self._check_same(path, saved)
-        checkpoint.load(path, self._entries(state), self._exchange)
+        owed, spread = owed_entries(self.run, owed_ranks(manifest.tensors), self._replicas)
+        owed = [entry for entry in owed if entry.name in manifest.tensors]
+        checkpoint.load(path, [*self._entries(state), *owed], self._exchange, optional=OWED)
+        spread()
         state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
         state.batches = int(saved.get("batches", state.step))
         state.loss_scale.load(saved)

@@ -57,14 +57,15 @@ RANK = {
     "wrap": 13,
     "arrays": 13,
     "metrics": 13,
-    "resume": 14,
+    "owed": 14,
+    "resume": 15,
     "trace": 14,
     "memory": 4,
     "memory_report": 14,
     "launch": 4,
-    "parity": 15,
-    "schedule_command": 15,
-    "cli": 16,
+    "parity": 16,
+    "schedule_command": 16,
+    "cli": 17,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]

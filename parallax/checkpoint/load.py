@@ -18,8 +18,12 @@ __all__ = ["load"]
 
 
 @torch.no_grad()
-def load(path: Path, entries: Sequence[Entry], exchange: Exchange) -> Mapping[str, Any]:
+def load(
+    path: Path, entries: Sequence[Entry], exchange: Exchange, *, optional: Sequence[str] = ()
+) -> Mapping[str, Any]:
     """Fill every entry from a checkpoint; returns the state that was saved with it.
+
+    optional: beginnings of names that may be in the checkpoint and not among the entries.
 
     A rank reads only the slices that its boxes meet. Nothing is changed before manifest, names, shapes, dtypes and
     hashes have been checked on every rank; the files' hashes are shared out over the ranks. Collectives: exchanges of
@@ -29,7 +33,7 @@ def load(path: Path, entries: Sequence[Entry], exchange: Exchange) -> Mapping[st
     agree(_attempt(lambda: manifest.append(read_manifest(path))), exchange)
     found = manifest[0]
     agree(_attempt(lambda: _check_entries(found, entries)), exchange)
-    agree(_attempt(lambda: _check_names(found, exchange.gather_json([e.name for e in entries]))), exchange)
+    agree(_attempt(lambda: _check_names(found, exchange.gather_json([e.name for e in entries]), optional)), exchange)
     agree(_attempt(lambda: _check_hashes(found, exchange)), exchange)
     agree(_attempt(lambda: _fill(found, entries)), exchange)
     return found.state
@@ -65,8 +69,9 @@ def _check_entries(manifest: Manifest, entries: Sequence[Entry]) -> None:
         check_entry(entry)
 
 
-def _check_names(manifest: Manifest, gathered: Sequence[Sequence[str]]) -> None:
+def _check_names(manifest: Manifest, gathered: Sequence[Sequence[str]], optional: Sequence[str]) -> None:
     unused = sorted(set(manifest.tensors) - {name for names in gathered for name in names})
+    unused = [name for name in unused if not name.startswith(tuple(optional))]
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise CheckpointError(f"{manifest.path} holds what this model does not have: {shown}; check the model.* keys")

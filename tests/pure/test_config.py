@@ -241,6 +241,8 @@ def configs(draw: st.DrawFn) -> Config:
         "pipeline.memory_cap",
         "pipeline.split",
         "data.zero",
+        "data.compression",
+        "data.reduction",
         "data.gather",
         "data.reduce",
         "recompute",
