@@ -40,8 +40,16 @@ def schedule(argv: Sequence[str]) -> int:
     return run_schedule(argv)
 
 
+def checkpoint(argv: Sequence[str]) -> int:
+    """Look at checkpoints, check, compare and thin them out."""
+    from parallax.checkpoint_command import run_checkpoint
+
+    return run_checkpoint(argv)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
+    "checkpoint": (checkpoint, "ls | show | verify | diff | prune ..."),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
 }
@@ -72,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from parallax.schedule_command import USAGE
 
         print(f"usage: {USAGE}")
+        return 0
+    if name == "checkpoint" and ("--help" in rest or "-h" in rest):
+        from parallax.checkpoint_command import USAGE as CHECKPOINT_USAGE
+
+        print(f"usage: {CHECKPOINT_USAGE}")
         return 0
     if "--help" in rest or "-h" in rest:
         from parallax.config_io import help_text

@@ -195,6 +195,7 @@ class OptimizerConfig:
 class CheckpointConfig:
     every: int = key(100, "steps between checkpoints; 0 = never, not even at the end", least=0)
     keep: int = key(2, "newest checkpoints to keep; 0 = all", least=0)
+    keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept too; 0 = none", least=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +208,7 @@ class ValidationConfig:
 class Config:
     mesh: str = key("1x1x1", "data x tensor x pipeline, or named as data2xtensor4xpipeline2")
     steps: int = key(200, "optimizer steps", least=1)
+    time_limit: float | None = key(None, "seconds after which the run saves and ends", above=0)
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     dtype: Literal["float32", "float64", "bfloat16", "float16", "float8"] = key(

@@ -62,9 +62,11 @@ RANK = {
     "trace": 14,
     "memory": 4,
     "memory_report": 14,
+    "stop": 1,
     "launch": 4,
     "parity": 16,
     "schedule_command": 16,
+    "checkpoint_command": 16,
     "cli": 17,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
