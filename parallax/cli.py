@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -93,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"usage: parallax {name} {arguments_text}\n{function.__doc__}\n\n{keys}", end="")
         return 0
     try:
-        return function(rest)
+        code = function(rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ParallaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

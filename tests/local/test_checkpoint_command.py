@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,11 @@ def test_prune_and_mistakes(saved: Path, capsys):
     assert code == 0 and out.splitlines() == [f"deleted {saved}/checkpoints/step-00000001"]
     assert [checkpoint.step_of(path) for path in checkpoint.find(saved / "checkpoints")] == [2, 3]
     assert main(["checkpoint", "--help"]) == 0
+
+
+def test_a_reader_that_has_enough_is_no_error(saved: Path):
+    path = checkpoint.find(saved / "checkpoints")[0]
+    program = "import sys; from parallax.cli import main; sys.exit(main())"
+    line = f"{sys.executable} -c '{program}' checkpoint show {path} --json | head -c 10"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert done.stdout == '{"step": 1' and done.stderr == ""
