@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -40,8 +41,16 @@ def schedule(argv: Sequence[str]) -> int:
     return run_schedule(argv)
 
 
+def checkpoint(argv: Sequence[str]) -> int:
+    """Look at checkpoints, check, compare and thin them out."""
+    from parallax.checkpoint_command import run_checkpoint
+
+    return run_checkpoint(argv)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
+    "checkpoint": (checkpoint, "ls | show | verify | diff | prune ..."),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
 }
@@ -73,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"usage: {USAGE}")
         return 0
+    if name == "checkpoint" and ("--help" in rest or "-h" in rest):
+        from parallax.checkpoint_command import USAGE as CHECKPOINT_USAGE
+
+        print(f"usage: {CHECKPOINT_USAGE}")
+        return 0
     if "--help" in rest or "-h" in rest:
         from parallax.config_io import help_text
 
@@ -80,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"usage: parallax {name} {arguments_text}\n{function.__doc__}\n\n{keys}", end="")
         return 0
     try:
-        return function(rest)
+        code = function(rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ParallaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

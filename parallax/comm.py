@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ __all__ = [
     "reduce_scatter_start",
     "sum_start",
 ]
+
+
+BY_MESSAGES = 1 << 20
+"""Bytes of a shard from which on gloo gathers by messages."""
 
 
 class Pending:
@@ -125,8 +129,34 @@ def all_gather_start(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
     shard = shard.contiguous()
     _count(axis, "all_gather", (axis.size - 1) * shard.nbytes)
     whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:])) if out is None else out
+    if axis.backend == "gloo" and shard.nbytes >= BY_MESSAGES:
+        return _gather_by_messages(whole, shard, axis)
     gather = _named("all_gather_single", "all_gather_into_tensor")
     return Pending(whole, gather(whole, shard, group=axis.group, async_op=True))
+
+
+class _All:
+    """Several messages under way as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _gather_by_messages(whole: Tensor, shard: Tensor, axis: Axis) -> Pending:
+    """Each rank's shard straight to its place: gloo's own all-gather makes a copy of the whole."""
+    parts = whole.view(axis.size, -1)
+    if parts[axis.rank].data_ptr() != shard.data_ptr():
+        parts[axis.rank].copy_(shard.view(-1))
+    ops = []
+    for step in range(1, axis.size):  # everyone sends to another one
+        to, source = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
+        ops.append(dist.P2POp(dist.isend, parts[axis.rank], axis.ranks[to], axis.group))
+        ops.append(dist.P2POp(dist.irecv, parts[source], axis.ranks[source], axis.group))
+    return Pending(whole, _All(dist.batch_isend_irecv(ops)))
 
 
 def all_gather(shard: Tensor, axis: Axis) -> Tensor:
@@ -176,7 +206,7 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
 
 
 def exchange(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
-    """The tensor of one other rank of the axis, for this rank's. Only the two take part: each sends its bytes once."""
+    """Another rank's tensor of the same shape, in return for this one. Only the two take part: each sends its bytes."""
     _count(axis, "exchange", tensor.nbytes)
     other = torch.empty_like(tensor)
     tensor = tensor.contiguous()
@@ -188,10 +218,7 @@ def exchange(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
 
 
 def exchange_sum(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
-    """The sum of this rank's tensor and that of one other rank of the axis, the same bits on both.
-
-    An `exchange`. The order of the two does not matter, since a + b = b + a.
-    """
+    """The sum of this rank's tensor and that of one other rank of the axis, the same bits on both: a + b = b + a."""
     return exchange(tensor, axis, peer).add_(tensor)
 
 

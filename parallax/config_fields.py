@@ -128,13 +128,13 @@ class DataConfig:
     shard_size: int | None = key(None, "zero: neighbouring ranks that share one copy; none = all", least=1)
     gather: Literal["block", "step"] = key("block", "zero=3: parameters are gathered for each block, or once a step")
     reduce: Literal["step", "microbatch"] = key("step", "zero=2, 3: when gradients are summed and cut")
-    bucket_bytes: int = key(25 * 2**20, "size of a gradient bucket", least=1, below=WIDE_LIMIT)
     compression: Literal["none", "float16", "bfloat16", "powersgd", "onebit", "topk"] = key(
         "none", "of gradients over data ranks; the last three send less and owe the rest to the next step"
     )
     compression_rank: int = key(4, "compression=powersgd: rank of the two factors of a matrix", least=1)
     compression_ratio: float = key(0.01, "compression=topk: share of the elements sent; 1 pays all", above=0)
     reduction: Literal["sum", "adasum"] = key("sum", "how data ranks join gradients: their sum, or Adasum")
+    bucket_bytes: int = key(25 * 2**20, "size of a gradient bucket", least=1, below=WIDE_LIMIT)
     grad_dtype: Literal["float32", "parameter"] = key("float32", "dtype of gradients; float64 parameters keep float64")
 
 
@@ -198,6 +198,7 @@ class OptimizerConfig:
 class CheckpointConfig:
     every: int = key(100, "steps between checkpoints; 0 = never, not even at the end", least=0)
     keep: int = key(2, "newest checkpoints to keep; 0 = all", least=0)
+    keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept too; 0 = none", least=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +211,7 @@ class ValidationConfig:
 class Config:
     mesh: str = key("1x1x1", "data x tensor x pipeline, or named as data2xtensor4xpipeline2")
     steps: int = key(200, "optimizer steps", least=1)
+    time_limit: float | None = key(None, "seconds after which the run saves and ends", above=0)
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     dtype: Literal["float32", "float64", "bfloat16", "float16", "float8"] = key(

@@ -6,7 +6,16 @@ import os
 import sys
 import time
 
-__all__ = ["CheckpointError", "ConfigError", "MeshError", "ParallaxError", "ReplicaError", "ScheduleError", "report"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DamagedCheckpoint",
+    "MeshError",
+    "ParallaxError",
+    "ReplicaError",
+    "ScheduleError",
+    "report",
+]
 
 GRACE_S = 10.0
 
@@ -29,6 +38,10 @@ class ScheduleError(ParallaxError):
 
 class CheckpointError(ParallaxError):
     """A checkpoint that is missing, damaged, or belongs to another model. Names the file."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was saved: an older one may do."""
 
 
 class ReplicaError(ParallaxError):

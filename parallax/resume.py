@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from parallax.checkpoint import Entry
 from parallax.comm import gather_json
 from parallax.config import Config
 from parallax.config_io import to_dict, to_yaml
-from parallax.errors import CheckpointError, ConfigError
+from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from parallax.mesh import Mesh
 from parallax.owed import Loading, holders, owed_entries
 from parallax.step import TrainState
@@ -95,6 +96,39 @@ class Checkpoints:
         self.run, self.directory = run, output / "checkpoints"
         self._exchange = _Exchange(run.mesh)
         self._rollbacks: Counter[str] = Counter()
+        self.lock: checkpoint.DirectoryLock | None = None
+
+    def take_lock(self) -> None:
+        """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
+        problem = None
+        if self.run.mesh.rank == 0 and self.lock is None:
+            try:
+                self.lock = checkpoint.DirectoryLock(self.directory)
+                checkpoint.clear_leftovers(self.directory)
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+        problem = self._exchange.gather_json(problem)[0]
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def save_or_warn(self, state: TrainState, *, last: bool) -> str:
+        """Save; returns what to say. A save that fails leaves everything as it was: the run goes on and tries again
+        when the next is due, but where it is the last it raises CheckpointError, on every rank alike.
+        """
+        begun = time.perf_counter()
+        try:
+            path = self.save(state)
+        except CheckpointError as error:
+            if last:
+                raise
+            return f"WARNING: {error}; nothing is lost so far: the run goes on, the next save is tried as usual"
+        return f"saved {path} in {time.perf_counter() - begun:.2f} s"
+
+    def how_to_go_on(self) -> str:
+        """For the last line of a run that ends early."""
+        if self.run.config.checkpoint.every:
+            return f"go on with output={self.directory.parent} resume=auto"
+        return "nothing was saved, as checkpoint.every=0 says"
 
     def save(self, state: TrainState) -> Path:
         """Write every rank's boxes; returns the new directory. Raises CheckpointError, on every rank alike."""
@@ -103,26 +137,37 @@ class Checkpoints:
         counts |= state.loss_scale.state()
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
-        keep = self.run.config.checkpoint.keep
+        wish = self.run.config.checkpoint
         entries = self._entries(state, saving=True) + owed_entries(self.run)
-        return checkpoint.save(self.directory, state.step, entries, counts, self._exchange, keep=keep)
+        return checkpoint.save(
+            self.directory, state.step, entries, counts, self._exchange, keep=wish.keep, keep_every=wish.keep_every
+        )
 
-    def resume(self, state: TrainState) -> Path | None:
-        """Load what config.resume names into the state: `auto` the latest one if there is any, `none` nothing.
+    def resume(self, state: TrainState) -> str:
+        """Load what config.resume names into the state: `auto` the newest one that is sound, `none` nothing.
 
-        Returns the directory that it came from. Raises CheckpointError on every rank alike; the state is then
-        unchanged.
+        Returns what to say: the directory that it came from, and those that were passed over and why. Raises
+        CheckpointError on every rank alike; the state is then unchanged.
         """
         wish = self.run.config.resume
         if wish == "none":
-            return None
-        # Rank 0 looks, so that all ranks take the same one even while another run prunes.
-        path = checkpoint.latest(self.directory) if wish == "auto" else Path(wish)
-        name = self._exchange.gather_json(str(path) if path else None)[0]
-        if name is None:
-            return None
-        self._load(Path(name), state)
-        return Path(name)
+            return ""
+        if wish != "auto":
+            self._load(Path(wish), state)
+            return f"resumed from {wish} at step {state.step} of {self.run.config.steps}"
+        # Rank 0 looks, so that all ranks take the same ones even while another run prunes.
+        found = [str(path) for path in reversed(checkpoint.find(self.directory))]
+        said: list[str] = []
+        for name in self._exchange.gather_json(found)[0]:
+            try:
+                self._load(Path(name), state)
+            except DamagedCheckpoint as error:
+                said.append(f"WARNING: passed over: {error}")
+                continue
+            return "\n".join([*said, f"resumed from {name} at step {state.step} of {self.run.config.steps}"])
+        if said:
+            raise CheckpointError("\n".join([f"no checkpoint in {self.directory} is sound:", *said]))
+        return ""
 
     def roll_back(self, state: TrainState) -> str:
         """Go back to the latest checkpoint, but on to samples not seen yet; returns what to say.
@@ -148,7 +193,7 @@ class Checkpoints:
         return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
 
     def _load(self, path: Path, state: TrainState) -> None:
-        manifest = checkpoint.read_manifest(path)
+        manifest = self._read(path)
         saved = manifest.state
         self._check_same(path, saved)
         loading = Loading(self.run, manifest)
@@ -160,6 +205,18 @@ class Checkpoints:
         state.optimizer.set_step(state.step - state.loss_scale.skipped)
         state.optimizer.publish()
         self.run.sync.publish()
+
+    def _read(self, path: Path) -> checkpoint.Manifest:
+        """Every rank reads it for itself, and all or none go on."""
+        found, error = None, None
+        try:
+            found = checkpoint.read_manifest(path)
+        except CheckpointError as problem:
+            error = str(problem)
+        errors = [text for text in self._exchange.gather_json(error) if text is not None]
+        if errors or found is None:
+            raise DamagedCheckpoint(errors[0])
+        return found
 
     def _check_same(self, path: Path, saved: Any) -> None:
         now: dict[str, Any] = to_dict(self.run.config)

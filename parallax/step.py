@@ -17,6 +17,7 @@ from parallax.params import ParamSpec
 from parallax.postmortem import find_origin
 from parallax.precision.loss_scale import LossScale
 from parallax.replicas import check_replicas
+from parallax.stop import Stop
 
 if TYPE_CHECKING:
     from parallax.assemble import Run
@@ -53,8 +54,10 @@ class StepResult:
     skipped: str = ""
 
 
-def train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
+def train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None = None) -> StepResult:
     """One optimizer step over one global batch. The same for every mesh.
+
+    stop: where a rank's wish to end becomes everybody's; the step is done all the same.
 
     Collectives: the token count over mesh.grad, the pipeline's and the layers' own, the gradients, and the loss with
     the norm in one small vector over tensor and pipeline. Where the norm is not finite no parameter changes, on any
@@ -62,18 +65,18 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
     rank alike, or a skipped step.
     """
     try:
-        return _train_step(run, state, batch)
+        return _train_step(run, state, batch, stop)
     except Exception as error:
         error.add_note(f"{run.mesh.label} in step {state.step + 1}")
         raise
 
 
-def _train_step(run: Run, state: TrainState, batch: Batch) -> StepResult:
+def _train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None) -> StepResult:
     tokens = count_tokens(batch, run.mesh)
     scale = state.loss_scale.value
     run.sync.zero(scale)
     scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=scale / max(1, tokens))
-    loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards)
+    loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards, stop)
     loss, norm = loss / scale, norm / scale
     config = run.config.optimizer
     lr = config.lr_at(state.step, run.config.steps)
@@ -131,16 +134,17 @@ def global_loss_and_norm(
     order: Mapping[str, int],
     mesh: Mesh,
     shards: Axis | None = None,
+    stop: Stop | None = None,
 ) -> tuple[float, float]:
     """The loss of the global batch and the norm of its gradient: the same bits on every rank.
 
     The sum of squares of each parameter is taken in float64 and laid in a vector by canonical order, so that no
     stage split changes the order in which they are added; a parameter that several ranks hold counts once.
     A norm that is not finite on one rank is so on all, whatever the cause: nobody takes a step that another skips.
-    shards: the axis over which the gradients are cut (ZeRO). Collectives: 8 bytes a canonical parameter over shards,
-    tensor and pipeline, then 16 bytes over mesh.grad.
+    shards: the axis over which the gradients are cut (ZeRO). stop: is agreed if any rank wishes it. Collectives: 8
+    bytes a canonical parameter and 16 more over shards, tensor and pipeline, then 24 bytes over mesh.grad.
     """
-    vector = torch.zeros(len(order) + 1, dtype=torch.float64, device=mesh.device)
+    vector = torch.zeros(len(order) + 2, dtype=torch.float64, device=mesh.device)
     counted = [(spec, grad) for spec, grad in grads if spec.owned and grad.numel()]
     if counted:
         squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for _, grad in counted])
@@ -149,11 +153,14 @@ def global_loss_and_norm(
     if shards is not None:
         all_reduce(vector, shards)
     if mesh.tensor.rank == 0:  # tensor ranks hold the same loss
-        vector[-1] = scaled_loss.detach()
+        vector[-2] = scaled_loss.detach()
+    vector[-1] = float(stop is not None and stop.wished)
     all_reduce(all_reduce(vector, mesh.tensor), mesh.pipeline)
-    total = vector[:-1].sum()
+    total = vector[:-2].sum()
     overflow = torch.where(total.isfinite(), 0.0, total)
-    loss, bad = all_reduce(torch.stack([vector[-1], overflow]), mesh.grad).tolist()
+    loss, wishes, bad = all_reduce(torch.stack([vector[-2], vector[-1], overflow]), mesh.grad).tolist()
+    if stop is not None and wishes > 0:
+        stop.agreed = True
     return loss, bad if bad else math.sqrt(total.item())
 
 
@@ -169,9 +176,9 @@ def clip_gradients(flat_grads: Sequence[Tensor], norm: float, max_norm: float, s
 
 
 @torch.no_grad()
-def evaluate(run: Run, batches: Iterable[Batch]) -> float:
+def evaluate(run: Run, batches: Iterable[Batch], stop: Stop | None = None) -> float:
     """Mean loss per target over the batches, without dropout; NaN where there is none. Two small collectives a
-    batch.
+    batch. stop: as in train_step; no further batch is looked at once it is agreed.
     """
     total, tokens = 0.0, 0
     for stage in run.stages.values():
@@ -179,8 +186,10 @@ def evaluate(run: Run, batches: Iterable[Batch]) -> float:
     for batch in batches:
         count = count_tokens(batch, run.mesh)
         losses = run.evaluator.run(batch.split(run.schedule.num_microbatches), scale=1.0)
-        loss, _ = global_loss_and_norm(losses, (), {}, run.mesh)
+        loss, _ = global_loss_and_norm(losses, (), {}, run.mesh, stop=stop)
         total, tokens = total + loss, tokens + count
+        if stop is not None and stop.agreed:
+            break
     for stage in run.stages.values():
         stage.train()
     return total / tokens if tokens else math.nan

@@ -18,6 +18,7 @@ from parallax.mesh import init_mesh
 from parallax.metrics import Metrics
 from parallax.resume import Checkpoints, prepare_output
 from parallax.step import evaluate, train_step
+from parallax.stop import Stop
 from parallax.trace import traced
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     run, state = assemble(config, mesh)
     output = prepare_output(config, mesh)
     checkpoints = Checkpoints(run, output)
+    checkpoints.take_lock()
     metrics = Metrics(
         mesh,
         output,
@@ -40,28 +42,32 @@ def main() -> None:
     metrics.say(corpus.describe())
     metrics.say(run.describe())
     if resumed := checkpoints.resume(state):
-        metrics.say(f"resumed from {resumed} at step {state.step} of {config.steps}")
+        metrics.say(resumed)
 
+    stop = Stop(config.time_limit).listen()
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.batches, **run.share)
     metrics.resume()
     for number, batch in enumerate(itertools.takewhile(lambda _: state.step < config.steps, batches)):
         with traced(run, output, step=state.step + 1) as told:
-            result = train_step(run, state, batch)
+            result = train_step(run, state, batch, stop)
         metrics.lap()
         for line in told if number else [*told, describe_memory(run, state)]:
             metrics.say(line)
         last = state.step == config.steps
         extra = {}
-        if config.validation.every and (state.step % config.validation.every == 0 or last):
+        if config.validation.every and (state.step % config.validation.every == 0 or last) and not stop.agreed:
             held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
-            extra["val_loss"] = evaluate(run, held_out)
+            extra["val_loss"] = evaluate(run, held_out, stop)
         metrics.record(result, **extra)
         if result.skipped and config.on_nan == "rollback":
             metrics.say(checkpoints.roll_back(state))
             metrics.resume()
             continue
-        if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last):
-            metrics.say(f"saved {checkpoints.save(state)}")
+        if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last or stop.agreed):
+            metrics.say(checkpoints.save_or_warn(state, last=last or stop.agreed))
+        if stop.agreed:
+            metrics.say(f"{stop.reason}: ended after step {state.step}; {checkpoints.how_to_go_on()}")
+            break
         metrics.resume()
     metrics.close()
 

@@ -58,14 +58,16 @@ RANK = {
     "wrap": 13,
     "arrays": 13,
     "metrics": 13,
-    "resume": 14,
+    "resume": 15,
     "trace": 14,
     "memory": 4,
     "memory_report": 14,
+    "stop": 1,
     "launch": 4,
-    "parity": 15,
-    "schedule_command": 15,
-    "cli": 16,
+    "parity": 16,
+    "schedule_command": 16,
+    "checkpoint_command": 16,
+    "cli": 17,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]

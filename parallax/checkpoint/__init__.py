@@ -4,7 +4,21 @@ OUTPUT/checkpoints/step-00000100/ holds one safetensors file a writing rank and 
 """
 
 from parallax.checkpoint.load import load
-from parallax.checkpoint.manifest import read_manifest
-from parallax.checkpoint.save import Entry, Exchange, find, latest, save
+from parallax.checkpoint.lock import DirectoryLock
+from parallax.checkpoint.manifest import Manifest, read_manifest
+from parallax.checkpoint.save import Entry, Exchange, clear_leftovers, find, latest, prune, save, step_of
 
-__all__ = ["Entry", "Exchange", "find", "latest", "load", "read_manifest", "save"]
+__all__ = [
+    "DirectoryLock",
+    "Entry",
+    "Exchange",
+    "Manifest",
+    "clear_leftovers",
+    "find",
+    "latest",
+    "load",
+    "prune",
+    "read_manifest",
+    "save",
+    "step_of",
+]

@@ -12,7 +12,7 @@ import torch
 from parallax.checkpoint.files import NAMES, hash_file, read_box
 from parallax.checkpoint.manifest import Manifest, overlaps, read_manifest
 from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
-from parallax.errors import CheckpointError
+from parallax.errors import CheckpointError, DamagedCheckpoint
 
 __all__ = ["load"]
 
@@ -25,14 +25,14 @@ def load(path: Path, entries: Sequence[Entry], exchange: Exchange, *, leaves: Se
 
     A rank reads only the slices that its boxes meet. Nothing is changed before manifest, names, shapes, dtypes and
     hashes have been checked on every rank; the files' hashes are shared out over the ranks. Collectives: exchanges of
-    JSON. Raises CheckpointError on every rank alike.
+    JSON. Raises CheckpointError on every rank alike: DamagedCheckpoint where the files are not what was saved.
     """
     manifest: list[Manifest] = []
-    agree(_attempt(lambda: manifest.append(read_manifest(path))), exchange)
+    agree(_attempt(lambda: manifest.append(read_manifest(path))), exchange, DamagedCheckpoint)
     found = manifest[0]
     agree(_attempt(lambda: _check_entries(found, entries)), exchange)
     agree(_attempt(lambda: _check_names(found, exchange.gather_json([*(e.name for e in entries), *leaves]))), exchange)
-    agree(_attempt(lambda: _check_hashes(found, exchange)), exchange)
+    agree(_attempt(lambda: _check_hashes(found, exchange)), exchange, DamagedCheckpoint)
     agree(_attempt(lambda: _fill(found, entries)), exchange)
     return found.state
 

@@ -20,7 +20,7 @@ from parallax.checkpoint.manifest import FORMAT, NAME, VERSION, parse_manifest, 
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
-__all__ = ["Entry", "Exchange", "find", "latest", "save"]
+__all__ = ["Entry", "Exchange", "clear_leftovers", "find", "latest", "prune", "save", "step_of"]
 
 STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
@@ -50,12 +50,12 @@ class Exchange(Protocol):
     def gather_json(self, value: Any) -> list[Any]: ...
 
 
-def agree(error: str | None, exchange: Exchange) -> None:
-    """Raise CheckpointError on every rank if any rank has an error, so that nobody waits for one that gave up."""
+def agree(error: str | None, exchange: Exchange, kind: type[CheckpointError] = CheckpointError) -> None:
+    """Raise `kind` on every rank if any rank has an error, so that nobody waits for one that gave up."""
     errors = exchange.gather_json(error)
     if found := [(rank, text) for rank, text in enumerate(errors) if text is not None]:
         rank, text = found[0]
-        raise CheckpointError(text if len(errors) == 1 or len(found) == len(errors) else f"{text} (rank {rank})")
+        raise kind(text if len(errors) == 1 or len(found) == len(errors) else f"{text} (rank {rank})")
 
 
 def save(
@@ -66,12 +66,14 @@ def save(
     exchange: Exchange,
     *,
     keep: int = 0,
+    keep_every: int = 0,
 ) -> Path:
     """Write DIRECTORY/step-N. Returns it once it is complete and durable.
 
     Of ranks that hold the same box one writes it, chosen by a hash of its name so that the work is spread. Files are
     written to a temporary directory, fsynced and hashed; the manifest is written by rank 0; the rename comes last.
-    keep: how many checkpoints stay, newest first; 0 is all. Collectives: three exchanges of JSON.
+    keep: how many checkpoints stay, newest first; 0 is all. keep_every: those of a multiple of so many steps stay
+    too. Collectives: three exchanges of JSON.
     Raises CheckpointError on every rank if any fails; what was there before is untouched.
     """
     target = directory / f"step-{step:08d}"
@@ -111,7 +113,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if exchange.rank == 0 and keep:
-        _prune(directory, keep, target)
+        prune(directory, keep, keep_every, target)
     return target
 
 
@@ -145,16 +147,21 @@ def _pick(entry: Entry, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % count
 
 
+def clear_leftovers(directory: Path) -> None:
+    """Delete what saves and deletions that died have left. Nobody else may be writing there."""
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _begin(directory: Path, target: Path) -> Path:
     """Make the temporary directory; clear what dead saves left."""
     new = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in new:  # or a crash could lose the directory with all that is in it
         sync_directory(path.parent)
     if target.exists():
         raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
-    for leftover in directory.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    clear_leftovers(directory)
     temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
     temporary.mkdir(mode=0o700)
     return temporary
@@ -228,13 +235,14 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _prune(directory: Path, keep: int, saved: Path) -> None:
-    """Delete all but the highest steps and the one just saved, which a run that went back may have below them.
-
-    Renamed first, so that a half-deleted one is never taken for a checkpoint.
+def prune(directory: Path, keep: int, keep_every: int = 0, saved: Path | None = None) -> list[Path]:
+    """Delete all but the highest `keep` steps, multiples of keep_every, and the one just saved, which a run that went
+    back may have below them. Returns what is gone. Renamed first, so that a half-deleted one is never taken for a
+    checkpoint.
     """
+    gone = []
     for path in find(directory)[:-keep]:
-        if path == saved:
+        if path == saved or (keep_every and step_of(path) % keep_every == 0):
             continue
         doomed = directory / f"{TEMPORARY}delete-{path.name}-{secrets.token_hex(4)}"
         try:
@@ -242,3 +250,11 @@ def _prune(directory: Path, keep: int, saved: Path) -> None:
         except OSError:
             continue  # it stays; the next save tries again
         shutil.rmtree(doomed, ignore_errors=True)
+        gone.append(path)
+    return gone
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = STEP.fullmatch(path.name)
+    return int(match[1]) if match else -1

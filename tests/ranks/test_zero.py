@@ -166,7 +166,7 @@ def test_a_step_sends_what_the_paper_says(ranks):
             reduced = (m if name == "2 each" else 1) * sum(early) + late
             assert sent["reduce_scatter"] == reduced * 3 // 4, name
             assert sent["all_gather"] == gathered * 3 // 4, name
-            scalars = (8, 16, (found["names"] + 1) * 8)  # tokens; loss and whether all is finite; the norm's vector
+            scalars = (8, 24, (found["names"] + 2) * 8)  # tokens; loss and whether all is finite; the norm's vector
             assert sent["all_reduce"] == sum(2 * 3 * n // 4 for n in scalars), name
 
 

@@ -1,0 +1,199 @@
+"""`parallax checkpoint`: look at checkpoints, check, compare and thin them out, in little memory, without torchrun."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from parallax.errors import CheckpointError, ConfigError
+
+__all__ = ["USAGE", "run_checkpoint"]
+
+USAGE = """parallax checkpoint COMMAND ...
+  ls RUN                 the checkpoints of a run's directory, oldest first
+  show CHECKPOINT        what it holds: step, mesh, files, tensors
+  verify CHECKPOINT ...  whether it is what was saved: manifest, sizes, every file's hash
+  diff A B               which tensors differ, and by how much
+  prune RUN keep=K [keep_every=N]   delete all but the newest K and multiples of N
+Any of them takes --json. Exit code: 0, 1 where something is damaged or differs, 2 for a mistake in the command."""
+BLOCK_ELEMENTS = 1 << 22
+
+
+def run_checkpoint(argv: Sequence[str]) -> int:
+    """Run one of the commands; returns its exit code."""
+    words = [word for word in argv if word != "--json"]
+    commands: Mapping[str, Callable[[Sequence[str]], tuple[Any, list[str], int]]] = {
+        "ls": _ls,
+        "show": _show,
+        "verify": _verify,
+        "diff": _diff,
+        "prune": _prune,
+    }
+    if not words or words[0] not in commands:
+        raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}\nusage: {USAGE}")
+    data, lines, code = commands[words[0]](words[1:])
+    print(json.dumps(data) if "--json" in argv else "\n".join(lines))
+    return code
+
+
+def _one(words: Sequence[str], what: str) -> Path:
+    if len(words) != 1:
+        raise ConfigError(f"expected one {what}, got {len(words)}\nusage: {USAGE}")
+    return Path(words[0])
+
+
+def _checkpoints(run: Path) -> Path:
+    """The directory that holds the checkpoints: RUN/checkpoints, or RUN itself."""
+    found = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    if not found.is_dir():
+        raise CheckpointError(f"{run} is no directory; give a run's output, such as runs/001")
+    return found
+
+
+def _ls(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    from parallax import checkpoint
+    from parallax.memory import format_bytes
+
+    rows: list[dict[str, Any]] = []
+    for path in checkpoint.find(_checkpoints(_one(words, "run"))):
+        row: dict[str, Any] = {"path": str(path), "step": checkpoint.step_of(path), "problem": None}
+        try:
+            manifest = checkpoint.read_manifest(path)
+            row |= {"bytes": sum(size for size, _ in manifest.files.values()), "files": len(manifest.files)}
+            row["mesh"] = manifest.state.get("mesh")
+        except CheckpointError as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    lines = [f"{'step':>8}  {'size':>8}  {'files':>5}  mesh"] if rows else ["no checkpoints"]
+    for row in rows:
+        shown = f"{format_bytes(row['bytes']):>8}  {row['files']:>5}  {row['mesh']}" if not row["problem"] else ""
+        lines.append(f"{row['step']:>8}  {shown or 'DAMAGED: ' + row['problem']}")
+    return rows, lines, int(any(row["problem"] for row in rows))
+
+
+def _show(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    from parallax import checkpoint
+
+    manifest = checkpoint.read_manifest(_one(words, "checkpoint"))
+    tensors = {
+        name: {"shape": list(t.global_shape), "dtype": t.dtype, "boxes": len(t.boxes)}
+        for name, t in sorted(manifest.tensors.items())
+    }
+    state = {key: value for key, value in manifest.state.items() if key != "config"}
+    data = {"step": manifest.step, "state": state, "config": manifest.state.get("config"), "tensors": tensors}
+    data["files"] = {name: size for name, (size, _) in manifest.files.items()}
+    elements = sum(math.prod(t.global_shape) for n, t in manifest.tensors.items() if n.startswith("parameters/"))
+    lines = [f"step {manifest.step}, {elements:,} parameters, {len(manifest.files)} files"]
+    lines += [f"  {key} {value}" for key, value in state.items()]
+    width = max(map(len, tensors), default=0)
+    for name, saved in sorted(manifest.tensors.items()):
+        size = "x".join(map(str, saved.global_shape))
+        lines.append(f"  {name:<{width}}  {saved.dtype:<4}  {size:<14}  {len(saved.boxes)} boxes")
+    return data, lines, 0
+
+
+def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    from parallax import checkpoint
+    from parallax.checkpoint.files import hash_file
+
+    if not words:
+        raise ConfigError(f"verify takes one checkpoint or more\nusage: {USAGE}")
+    rows: list[dict[str, Any]] = []
+    for word in words:
+        problems: list[str] = []
+        try:
+            manifest = checkpoint.read_manifest(Path(word))
+            for name, (_, sha256) in sorted(manifest.files.items()):
+                if hash_file(Path(word) / name) != sha256:
+                    problems.append(f"{Path(word) / name} was altered: its sha256 is not the manifest's")
+        except CheckpointError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{error.filename} cannot be read: {error.strerror}")
+        rows.append({"path": word, "problems": problems})
+    lines = [line for row in rows for line in (row["problems"] or [f"{row['path']} is sound"])]
+    return rows, lines, int(any(row["problems"] for row in rows))
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Boxes of some rows of a tensor that together are all of it."""
+    if not shape:
+        yield ()
+        return
+    rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    rest = [(0, size) for size in shape[1:]]
+    for start in range(0, shape[0], rows):
+        yield ((start, min(start + rows, shape[0])), *rest)
+
+
+def _read(manifest: Any, name: str, box: tuple[tuple[int, int], ...]) -> Any:
+    """A box of a saved tensor, in float64, or int64 where it holds integers."""
+    import torch
+
+    from parallax.checkpoint.files import read_box
+    from parallax.checkpoint.manifest import overlaps
+
+    saved = manifest.tensors[name]
+    wide = torch.int64 if saved.dtype[0] in "IU" else torch.float64
+    out = torch.empty([stop - start for start, stop in box], dtype=wide)
+    for part, shared in overlaps(saved, box):
+        cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, box, strict=True))
+        out[cut] = read_box(manifest, part, saved.dtype, shared).to(wide)
+    return out
+
+
+def _diff(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    import torch
+
+    from parallax import checkpoint
+
+    if len(words) != 2:
+        raise ConfigError(f"diff takes two checkpoints, got {len(words)}\nusage: {USAGE}")
+    left, right = (checkpoint.read_manifest(Path(word)) for word in words)
+    data: dict[str, Any] = {"only": {}, "different": {}}
+    for name in sorted(set(left.tensors) | set(right.tensors)):
+        if name not in left.tensors or name not in right.tensors:
+            data["only"][name] = words[0] if name in left.tensors else words[1]
+            continue
+        a, b = left.tensors[name], right.tensors[name]
+        if a.global_shape != b.global_shape:
+            data["different"][name] = {"shapes": [list(a.global_shape), list(b.global_shape)]}
+            continue
+        most = largest = 0.0
+        count = 0
+        for box in _blocks(a.global_shape):
+            x, y = _read(left, name, box), _read(right, name, box)
+            unequal = (x != y) & ~(torch.isnan(x) & torch.isnan(y))
+            count += int(unequal.sum())
+            if count:
+                most = max(most, float((x - y).abs().nan_to_num(math.inf).max()))
+            largest = max(largest, float(x.abs().nan_to_num(0).max()) if x.numel() else 0.0)
+        if count or a.dtype != b.dtype:
+            relative = most / largest if largest else math.inf
+            data["different"][name] = {"elements": count, "max_abs": most, "relative": relative}
+            data["different"][name]["dtypes"] = [a.dtype, b.dtype]
+    width = max(map(len, itertools.chain(data["only"], data["different"])), default=0)
+    lines = [f"{name:<{width}}  only in {where}" for name, where in data["only"].items()]
+    for name, found in data["different"].items():
+        what = " and ".join(str(shape) for shape in found["shapes"]) if "shapes" in found else ""
+        what = what or f"{found['elements']:,} elements, at most {found['max_abs']:.3g} ({found['relative']:.1e})"
+        lines.append(f"{name:<{width}}  {what}")
+    return data, lines or ["the same tensors, bit for bit"], int(bool(lines))
+
+
+def _prune(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    from parallax import checkpoint
+
+    numbers = dict(word.split("=", 1) for word in words if "=" in word)
+    unknown = set(numbers) - {"keep", "keep_every"}
+    if unknown or not all(text.isdecimal() for text in numbers.values()) or int(numbers.get("keep", "0")) < 1:
+        raise ConfigError(f"prune takes a run, keep=K of at least 1, and keep_every=N\nusage: {USAGE}")
+    directory = _checkpoints(_one([word for word in words if "=" not in word], "run"))
+    lock = checkpoint.DirectoryLock(directory)  # no run may be writing there
+    gone = checkpoint.prune(directory, int(numbers["keep"]), int(numbers.get("keep_every", "0")))
+    lock.release()
+    return [str(path) for path in gone], [f"deleted {path}" for path in gone] or ["nothing to delete"], 0
