@@ -48,10 +48,18 @@ def checkpoint(argv: Sequence[str]) -> int:
     return run_checkpoint(argv)
 
 
+def verify_resume(argv: Sequence[str]) -> int:
+    """Train 2N steps, and N, a restart, and N more, on the same mesh and on another, and compare all of it."""
+    from parallax.verify_resume import run_verify_resume
+
+    return run_verify_resume(argv)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
     "checkpoint": (checkpoint, "ls | show | verify | diff | prune ..."),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
+    "verify-resume": (verify_resume, "[mesh=2x1x1] [mesh=1x2x2] [steps=N] [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
 }
 

@@ -160,6 +160,8 @@ class _Reading:
         prefix = "" if source == "the command line" else f"{source}, {where}: "
         if name == "precision" and isinstance(raw, str):  # a section, and a short name for the key that matters most
             name = "dtype"
+        if name == "checkpoint.async":  # no name that Python lets a field have
+            name = "checkpoint.background"
         if self.is_repeated(name, source, where):
             return
         if name not in keys():

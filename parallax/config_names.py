@@ -60,6 +60,7 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "optimizer.schedule": "lr_decay_style lr_scheduler_type decay_type decay_lr* lr_schedule",
     "optimizer.max_grad_norm": "clip_grad grad_clip gradient_clipping max_norm grad_norm_clip gradient_clip_val",
     "checkpoint.every": "save_interval save_steps checkpoint_interval checkpoint.interval checkpoint.enable*",
+    "checkpoint.background": "async async_save async_mode* checkpoint.async_mode*",
     "checkpoint.keep": "save_total_limit keep_latest_k",
     "validation.every": "eval_interval eval_steps val_check_interval validator.freq",
     "validation.batches": "eval_iters limit_val_batches validator.steps",

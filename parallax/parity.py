@@ -20,7 +20,7 @@ from parallax.config_io import load
 from parallax.errors import ConfigError
 from parallax.mesh import MeshShape
 
-__all__ = ["BOUNDS", "Row", "compare", "run_parity", "train_rows"]
+__all__ = ["BOUNDS", "Row", "compare", "relative", "run_parity", "run_ranks", "train_rows", "write_rows"]
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 """The largest relative difference of loss or gradient norm that rounding explains in the first steps; later on training
@@ -58,7 +58,7 @@ def run_parity(argv: Sequence[str]) -> int:
             f"parity: the meshes would train on global batches of {', '.join(map(str, sorted(sizes)))} samples; "
             "set batch.global_size, so that they see the same"
         )
-    runs = [_run(config.mesh_shape, [*rest, f"mesh={mesh}"]) for mesh, config in zip(meshes, configs, strict=True)]
+    runs = [run_ranks(config.mesh_shape, [*rest, f"mesh={mesh}"]) for mesh, config in zip(meshes, configs, strict=True)]
     text, worst = compare(meshes, runs)
     bound = BOUNDS[configs[0].dtype]
     print(text)
@@ -74,15 +74,15 @@ def resolve_global_size(config: Config) -> int:
     return resolve_batch(config).global_size
 
 
-def _run(shape: MeshShape, arguments: Sequence[str]) -> list[Row]:
-    """Train on one mesh in processes of its own; their log goes to stderr."""
+def run_ranks(shape: MeshShape, arguments: Sequence[str], module: str = "parallax.parity") -> list[Row]:
+    """Train on one mesh in processes of its own, each `python -m MODULE RESULT ARGUMENTS`; their log goes to stderr."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable]
         if shape.size > 1:
             command += ["-m", "torch.distributed.run", "--nproc_per_node", str(shape.size)]
             command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command += ["-m", "parallax.parity", str(result), *arguments]
+        command += ["-m", module, str(result), *arguments]
         # One thread a rank, alone too: more would sum in another order for no reason of the mesh.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         print(f"running mesh {shape.describe()}", file=sys.stderr, flush=True)
@@ -136,13 +136,15 @@ def train_rows(config: Config) -> list[Row]:
     return [Row(result.step, result.loss, result.grad_norm) for result in results]
 
 
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Rank 0's answer to `run_ranks`."""
+    if os.environ.get("RANK", "0") == "0":
+        path.write_text(json.dumps([{"step": r.step, "loss": r.loss, "grad_norm": r.grad_norm} for r in rows]))
+
+
 def _worker() -> None:
     """One rank of a run: `python -m parallax.parity RESULT key=value ...`."""
-    rows = train_rows(load(sys.argv[2:]))
-    if os.environ.get("RANK", "0") == "0":
-        Path(sys.argv[1]).write_text(
-            json.dumps([{"step": r.step, "loss": r.loss, "grad_norm": r.grad_norm} for r in rows])
-        )
+    write_rows(train_rows(load(sys.argv[2:])), Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ def _next_run(runs: Path) -> Path:
             number += 1
 
 
+def _warning(error: object) -> str:
+    return f"WARNING: {error}; nothing is lost so far: the run goes on, the next save is tried as usual"
+
+
 @dataclass(frozen=True, slots=True)
 class _Exchange:
     """How the checkpoint room talks to the other ranks: JSON over the world group."""
@@ -97,6 +101,8 @@ class Checkpoints:
         self._exchange = _Exchange(run.mesh)
         self._rollbacks: Counter[str] = Counter()
         self.lock: checkpoint.DirectoryLock | None = None
+        self._under_way: checkpoint.BackgroundSave | None = None
+        self._told = False
 
     def take_lock(self) -> None:
         """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
@@ -114,15 +120,45 @@ class Checkpoints:
     def save_or_warn(self, state: TrainState, *, last: bool) -> str:
         """Save; returns what to say. A save that fails leaves everything as it was: the run goes on and tries again
         when the next is due, but where it is the last it raises CheckpointError, on every rank alike.
+
+        With checkpoint.background one save at a time goes on beside the training: what `news` tells later. The last one
+        is waited for.
         """
         begun = time.perf_counter()
+        said = self._wait(raises=False)
         try:
+            if self.run.config.checkpoint.background and not last:
+                self._under_way = checkpoint.BackgroundSave(**self._what_to_save(state))
+                stall = time.perf_counter() - begun
+                return said + f"saving {self._under_way.target} in the background; the training waited {stall:.3f} s"
             path = self.save(state)
         except CheckpointError as error:
             if last:
                 raise
-            return f"WARNING: {error}; nothing is lost so far: the run goes on, the next save is tried as usual"
-        return f"saved {path} in {time.perf_counter() - begun:.2f} s"
+            return said + _warning(error)
+        return said + f"saved {path} in {time.perf_counter() - begun:.2f} s"
+
+    def news(self) -> list[str]:
+        """What there is to say of a save in the background, on the rank that knows; not a collective."""
+        save = self._under_way
+        if save is None or self._told or not save.done:
+            return []
+        self._told = True
+        return [_warning(save.error) if save.error else f"saved {save.target} in {save.took_s:.2f} s"]
+
+    def _wait(self, *, raises: bool) -> str:
+        """Return when no save is under way, with what was not said yet of the last. Collectives: its error, once."""
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return ""
+        save.thread.join()
+        told, self._told = self._told, False
+        errors = [error for error in self._exchange.gather_json(save.error) if error]
+        if errors and raises:
+            raise CheckpointError(errors[0])
+        if told:
+            return ""
+        return (_warning(errors[0]) if errors else f"saved {save.target} in {save.took_s:.2f} s") + "\n"
 
     def how_to_go_on(self) -> str:
         """For the last line of a run that ends early."""
@@ -132,16 +168,24 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> Path:
         """Write every rank's boxes; returns the new directory. Raises CheckpointError, on every rank alike."""
+        return checkpoint.save(**self._what_to_save(state))
+
+    def _what_to_save(self, state: TrainState) -> dict[str, Any]:
         counts: dict[str, Any] = {"step": state.step, "batches": state.batches, "tokens": state.tokens}
         counts["mesh"] = str(self.run.mesh.shape)
         counts |= state.loss_scale.state()
         counts["config"] = to_dict(self.run.config)
         counts["config"]["batch"]["global_size"] = self.run.batch.global_size
         wish = self.run.config.checkpoint
-        entries = self._entries(state, saving=True) + owed_entries(self.run)
-        return checkpoint.save(
-            self.directory, state.step, entries, counts, self._exchange, keep=wish.keep, keep_every=wish.keep_every
-        )
+        return {
+            "directory": self.directory,
+            "step": state.step,
+            "entries": [*self._entries(state, saving=True), *owed_entries(self.run)],
+            "state": counts,
+            "exchange": self._exchange,
+            "keep": wish.keep,
+            "keep_every": wish.keep_every,
+        }
 
     def resume(self, state: TrainState) -> str:
         """Load what config.resume names into the state: `auto` the newest one that is sound, `none` nothing.
@@ -174,6 +218,7 @@ class Checkpoints:
 
         Raises CheckpointError, on every rank alike, where there is none, or where the run was there often enough.
         """
+        self._wait(raises=False)
         found = checkpoint.latest(self.directory)
         path = self._exchange.gather_json(str(found) if found else None)[0]
         if path is None:

@@ -59,6 +59,8 @@ def main() -> None:
             held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
             extra["val_loss"] = evaluate(run, held_out, stop)
         metrics.record(result, **extra)
+        for line in checkpoints.news():
+            metrics.say(line)
         if result.skipped and config.on_nan == "rollback":
             metrics.say(checkpoints.roll_back(state))
             metrics.resume()

@@ -66,8 +66,9 @@ RANK = {
     "launch": 4,
     "parity": 16,
     "schedule_command": 16,
-    "checkpoint_command": 16,
-    "cli": 17,
+    "checkpoint_command": 15,
+    "verify_resume": 17,
+    "cli": 18,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]

@@ -3,12 +3,14 @@
 OUTPUT/checkpoints/step-00000100/ holds one safetensors file a writing rank and manifest.json. No pickle anywhere.
 """
 
+from parallax.checkpoint.background import BackgroundSave
 from parallax.checkpoint.load import load
 from parallax.checkpoint.lock import DirectoryLock
 from parallax.checkpoint.manifest import Manifest, read_manifest
 from parallax.checkpoint.save import Entry, Exchange, clear_leftovers, find, latest, prune, save, step_of
 
 __all__ = [
+    "BackgroundSave",
     "DirectoryLock",
     "Entry",
     "Exchange",

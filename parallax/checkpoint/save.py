@@ -20,7 +20,7 @@ from parallax.checkpoint.manifest import FORMAT, NAME, VERSION, parse_manifest, 
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
-__all__ = ["Entry", "Exchange", "clear_leftovers", "find", "latest", "prune", "save", "step_of"]
+__all__ = ["Begun", "Entry", "Exchange", "begin", "clear_leftovers", "find", "latest", "prune", "save", "step_of"]
 
 STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
@@ -76,6 +76,56 @@ def save(
     too. Collectives: three exchanges of JSON.
     Raises CheckpointError on every rank if any fails; what was there before is untouched.
     """
+    begun = begin(directory, step, entries, state, exchange)
+    try:
+        records = exchange.gather_json(begun.write(begun.mine))
+        agree(next((r["error"] for r in records if r["error"]), None), exchange)
+        error = begun.finish(records) if exchange.rank == 0 else None
+        agree(error, exchange)
+    except CheckpointError:
+        if exchange.rank == 0:
+            begun.give_up()
+        raise
+    if exchange.rank == 0 and keep:
+        prune(directory, keep, keep_every, begun.target)
+    return begun.target
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A save whose temporary directory is there. mine: the entries that this rank writes. None of its methods talks to
+    other ranks, so they may run in a thread.
+    """
+
+    target: Path
+    temporary: Path
+    step: int
+    state: Mapping[str, Any]
+    rank: int
+    mine: Sequence[Entry]
+
+    def write(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Write this rank's file, durably. Returns what the manifest must say of it, and `error`: what went wrong."""
+        try:
+            return {"error": None, **(_write(self.temporary, self.rank, entries) if entries else {})}
+        except OSError as problem:
+            where = problem.filename or self.temporary
+            return {"error": f"{self.target} cannot be saved: {problem.strerror} in {where}"}
+
+    def finish(self, records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Write the manifest and give the directory its name. Returns what went wrong. For one rank."""
+        return _finish(self.temporary, self.target, self.step, self.state, records)
+
+    def give_up(self) -> None:
+        """Delete what was written."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def begin(directory: Path, step: int, entries: Sequence[Entry], state: Mapping[str, Any], exchange: Exchange) -> Begun:
+    """Check what is to be saved and make the temporary directory. Collectives: two exchanges of JSON.
+
+    Raises CheckpointError on every rank alike.
+    """
     target = directory / f"step-{step:08d}"
     error, temporary = None, None
     try:
@@ -96,25 +146,7 @@ def save(
     # A rank that has two stages may hold a tied parameter twice.
     once = {(e.name, e.box): e for e in entries}.values()
     mine = [e for e in once if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
-    record: dict[str, Any] = {}
-    try:
-        record = _write(temporary, exchange.rank, mine) if mine else {}
-        error = None
-    except OSError as problem:
-        error = f"{target} cannot be saved: {problem.strerror} in {problem.filename or temporary}"
-    try:
-        records = exchange.gather_json({"error": error, **record})
-        agree(next((r["error"] for r in records if r["error"]), None), exchange)
-        if exchange.rank == 0:
-            error = _finish(temporary, target, step, state, records)
-        agree(error, exchange)
-    except CheckpointError:
-        if exchange.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if exchange.rank == 0 and keep:
-        prune(directory, keep, keep_every, target)
-    return target
+    return Begun(target, temporary, step, state, exchange.rank, mine)
 
 
 def check_entry(entry: Entry) -> None:

@@ -60,6 +60,18 @@ def test_the_exit_code_follows_the_bound_of_the_dtype(monkeypatch, capsys, diffe
         assert "steps=4" in arguments
         return [Row(1, 2.0, 1.0 + difference * (shape.size > 1))]
 
-    monkeypatch.setattr(parity_file, "_run", fake)
+    monkeypatch.setattr(parity_file, "run_ranks", fake)
     assert run_parity(["mesh=1x1x1", "mesh=2x1x1", "dtype=float64"]) == code
     assert ("NOT" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_restart_that_shows_is_reported(capsys):
+    from parallax.parity import Row
+    from parallax.verify_resume import report
+
+    rows = [Row(step, 1.0 / step, 2.0) for step in (1, 2, 3, 4)]
+    assert report(rows, rows, 2, 0.0, "1x1x1")
+    other = [*rows[:3], Row(4, rows[3].loss * (1 + 1e-12), 2.0)]
+    assert not report(rows, other, 2, 0.0, "1x1x1") and report(rows, other, 2, 1e-10, "1x1x1")
+    assert not report(rows, rows[:3], 2, 1.0, "1x1x1"), "a step is missing"
+    assert "largest relative difference" in capsys.readouterr().out

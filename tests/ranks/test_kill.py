@@ -23,12 +23,15 @@ PHASES = {"mkdir": os, "write": os, "fsync": os, "rename": os, "rmtree": shutil}
 KINDS = ("parameters", "exp_avg", "exp_avg_sq")
 
 
-def go(output: str, victims: tuple[int, ...] = (), phase: str = "", nth: int = 0) -> dict[str, Any]:
+def go(
+    output: str, background: bool = False, victims: tuple[int, ...] = (), phase: str = "", nth: int = 0
+) -> dict[str, Any]:
     """Train to the end from the newest checkpoint. The victims kill themselves at the nth call of a function."""
-    run, state = start(MESH, **CASE | {"output": output, "resume": "auto"})
+    options = {"output": output, "resume": "auto", "checkpoint.background": str(background).lower()}
+    run, state = start(MESH, **CASE | options)
     checkpoints = Checkpoints(run, Path(output))
     checkpoints.take_lock()
-    said = checkpoints.resume(state)
+    first = checkpoints.resume(state)
     begun = state.step
     if run.mesh.rank in victims:
         honest, left = getattr(PHASES[phase], phase), [nth]
@@ -44,11 +47,13 @@ def go(output: str, victims: tuple[int, ...] = (), phase: str = "", nth: int = 0
         setattr(PHASES[phase], phase, deadly)
     while state.step < STEPS:
         advance(run, state, 1)
-        path = checkpoints.save(state)
+        said = [checkpoints.save_or_warn(state, last=state.step == STEPS), *checkpoints.news()]
         if run.mesh.rank == 0:
             with open(Path(output) / "announced", "a") as file:
-                print(path.name, file=file)
-    return {"said": said, "begun": begun, **{kind: gather_parameters(run, state, kind) for kind in KINDS}}
+                for line in "\n".join(said).splitlines():
+                    if line.startswith("saved "):
+                        print(Path(line.split()[1]).name, file=file)
+    return {"said": first, "begun": begun, **{kind: gather_parameters(run, state, kind) for kind in KINDS}}
 
 
 def instants(count: int) -> list[tuple[tuple[int, ...], str, int]]:
@@ -66,7 +71,7 @@ def instants(count: int) -> list[tuple[tuple[int, ...], str, int]]:
     return found
 
 
-def check(ranks: Any, folder: Path, count: int) -> int:
+def check(ranks: Any, folder: Path, count: int, background: bool = False) -> int:
     """Returns how many of the runs were killed: a late instant may lie after the end."""
     whole = ranks(SIZE, go, str(folder / "straight"))
     expected = {kind: assemble_whole([part[kind] for part in whole]) for kind in KINDS}
@@ -74,19 +79,19 @@ def check(ranks: Any, folder: Path, count: int) -> int:
     for number, (victims, phase, nth) in enumerate(instants(count)):
         output = folder / str(number)
         try:
-            ranks(SIZE, go, str(output), victims, phase, nth)
+            ranks(SIZE, go, str(output), background, victims, phase, nth)
         except RankFailure as failure:
             assert "the process ended without a word" in str(failure), failure
             killed += 1
         announced = output / "announced"
-        last = announced.read_text().split()[-1] if announced.is_file() else ""
+        last = (announced.read_text().split() if announced.is_file() else [""])[-1:]
         parts = ranks(SIZE, go, str(output))
         where = (victims, phase, nth)
         assert "WARNING" not in parts[0]["said"], (
             where,
             "a save that died left something that looks like a checkpoint",
         )
-        assert parts[0]["begun"] >= (checkpoint.step_of(Path(last)) if last else 0), where
+        assert parts[0]["begun"] >= max((checkpoint.step_of(Path(name)) for name in last), default=0), where
         for kind in KINDS:
             found = assemble_whole([part[kind] for part in parts])
             assert all(values.equal(expected[kind][name]) for name, values in found.items()), (where, kind)
@@ -99,7 +104,14 @@ def test_ten_instants(ranks, tmp_path: Path):
     assert check(ranks, tmp_path, 10) >= 6
 
 
+def test_five_instants_of_saves_in_the_background(ranks, tmp_path: Path):
+    assert check(ranks, tmp_path, 5, background=True) >= 3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_instants(ranks, tmp_path: Path):
-    assert check(ranks, tmp_path, 100) >= 60
+@pytest.mark.parametrize("background", [False, True])
+def test_a_hundred_instants(ranks, tmp_path: Path, background: bool):
+    killed = check(ranks, tmp_path, 100, background)
+    print(f"{killed} of 100 runs were killed")
+    assert killed >= 60

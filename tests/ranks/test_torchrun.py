@@ -105,10 +105,10 @@ import gpt
 import parallax.step
 honest = parallax.step._train_step
 
-def faulty(run, state, batch):
+def faulty(run, state, batch, stop):
     if state.step == 1 and run.mesh.rank == 3:
         raise OSError("the disk of rank 3 is gone")
-    return honest(run, state, batch)
+    return honest(run, state, batch, stop)
 
 parallax.step._train_step = faulty
 from parallax.launch import entrypoint
@@ -175,3 +175,15 @@ def test_the_parity_command_compares_meshes(tmp_path: Path):
     assert len(table) == 4
     assert "the same model: largest relative difference" in done.stdout
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+def test_verify_resume_sees_no_restart(tmp_path: Path):
+    options = [option for option in SMALL if not option.startswith(("validation", "checkpoint"))]
+    options += ["model.dropout=0.1", "dtype=float64"]
+    done = parallax("verify-resume", "mesh=2x1x1", "mesh=1x2x1", "steps=2", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same tensors, bit for bit" in done.stdout and "difference 0, bound 0" in done.stdout
+    assert "restarted on mesh 1x2x1 after step 2" in done.stdout and "the restart shows nowhere" in done.stdout
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+    wrong = parallax("verify-resume", "output=here", cwd=tmp_path)
+    assert wrong.returncode == 2 and "leave output=here out" in wrong.stderr

@@ -57,7 +57,7 @@ def expected(run: Run) -> dict[str, dict[str, int]]:
     tokens = run.batch.microbatch_size * config.corpus.sequence_length
     hidden = config.model.hidden
     activation = tokens * hidden * FLOAT
-    vector = (len(run.order) + 1) * DOUBLE
+    vector = (len(run.order) + 2) * DOUBLE  # with the loss and the wish to end
     out: dict[str, dict[str, int]] = {"data": {}, "tensor": {}, "pipeline": {}}
 
     parallel = config.tensor.sequence_parallel
@@ -89,7 +89,7 @@ def expected(run: Run) -> dict[str, dict[str, int]]:
         )
         assert padding < len(flat.buckets) * 64 * d
         params += padding * FLOAT
-        out["data"]["all_reduce"] = all_reduce(INT, d) + all_reduce(2 * DOUBLE, d)
+        out["data"]["all_reduce"] = all_reduce(INT, d) + all_reduce(3 * DOUBLE, d)
         if d > 2:  # on gloo a sum in rank order is two messages
             out["data"]["reduce_scatter"] = out["data"]["all_gather"] = (d - 1) * params // d
         else:

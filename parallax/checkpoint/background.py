@@ -1,0 +1,100 @@
+"""Saving beside the training: the step waits for a copy in the host's memory alone.
+
+Threads must not talk on the groups that the training talks on. So the ranks' threads meet in the temporary directory:
+each leaves a record beside its file, and rank 0's waits for all of them, writes the manifest and renames. Until
+then there is no checkpoint, and after it there is a whole one, as with a save that is waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from parallax.checkpoint.files import write_exclusive
+from parallax.checkpoint.manifest import open_regular
+from parallax.checkpoint.save import Begun, Entry, Exchange, begin, prune
+
+__all__ = ["BackgroundSave"]
+
+POLL_S = 0.02
+RECORD = "record-{:05d}.json"
+
+
+class BackgroundSave:
+    """One save under way. `thread` ends when this rank's part is done; rank 0's when the checkpoint is there.
+
+    error: what went wrong, once `done`. stall_s: how long the training waited. Made on all ranks together: collectives
+    and errors as those of `begin`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        entries: Sequence[Entry],
+        state: Mapping[str, Any],
+        exchange: Exchange,
+        *,
+        keep: int = 0,
+        keep_every: int = 0,
+    ) -> None:
+        begun_s = time.perf_counter()
+        self._begun: Begun = begin(directory, step, entries, state, exchange)
+        copies = [replace(entry, tensor=entry.tensor.detach().to("cpu", copy=True)) for entry in self._begun.mine]
+        self._size, self._keep, self._keep_every = exchange.size, keep, keep_every
+        self.error: str | None = None
+        self.target = self._begun.target
+        self.took_s = 0.0
+        self.thread = threading.Thread(target=self._work, args=(copies,), name=f"save-{step}", daemon=True)
+        self.thread.start()
+        self.stall_s = time.perf_counter() - begun_s
+
+    @property
+    def done(self) -> bool:
+        return not self.thread.is_alive()
+
+    def _work(self, copies: list[Entry]) -> None:
+        begun_s = time.perf_counter()
+        try:
+            record = self._begun.write(copies)
+            copies.clear()
+            self.error = record["error"]
+            text = json.dumps(record).encode()
+            write_exclusive(self._begun.temporary / RECORD.format(self._begun.rank), [text])
+            if self._begun.rank == 0:
+                self._close()
+        except Exception as problem:  # noqa: BLE001 - a thread's error is told by the main thread
+            self.error = f"{self.target} cannot be saved: {problem}"
+        if self.error is not None and self._begun.rank == 0:
+            self._begun.give_up()
+        self.took_s = time.perf_counter() - begun_s
+
+    def _close(self) -> None:
+        paths = [self._begun.temporary / RECORD.format(rank) for rank in range(self._size)]
+        records = [self._read(path) for path in paths]
+        self.error = next((record["error"] for record in records if record["error"]), None)
+        if self.error is not None:
+            return
+        for path in paths:
+            path.unlink()
+        self.error = self._begun.finish(records)
+        if self.error is None and self._keep:
+            prune(self.target.parent, self._keep, self._keep_every, self.target)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A rank's record, once it is whole."""
+        while True:
+            try:
+                with open(open_regular(path), "rb") as file:
+                    return json.loads(file.read())
+            except FileNotFoundError:
+                if not self._begun.temporary.is_dir():
+                    raise
+            except ValueError:
+                pass  # it is being written
+            time.sleep(POLL_S)

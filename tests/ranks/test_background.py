@@ -1,0 +1,84 @@
+"""Saves beside the training: the same bytes, a short wait, and errors that are told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from parallax import checkpoint
+from parallax.cli import main
+from parallax.resume import Checkpoints
+from tests.cases import LLAMA, TIED, advance, start
+
+CASE = LLAMA | TIED | {"dtype": "float32", "model.layers": 3, "checkpoint.keep": 0, "data.zero": 2}
+SLOW_S = 1.0
+
+
+def train(output: str, background: bool, fails_at: int = 0) -> dict[str, Any]:
+    """Four steps, each saved, while writing a file takes long; one save may fail on rank 1."""
+    run, state = start("2x1x2", **CASE | {"output": output, "checkpoint.background": str(background).lower()})
+    checkpoints = Checkpoints(run, Path(output))
+    module = sys.modules["parallax.checkpoint.save"]
+    honest = module.write_shard  # type: ignore[attr-defined]
+
+    def slow(path: Path, named: Any) -> Any:
+        if fails_at and run.mesh.rank == 1 and f"step-{fails_at:08d}" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        time.sleep(SLOW_S)
+        return honest(path, named)
+
+    module.write_shard = slow  # type: ignore[attr-defined]
+    said, waits = [], []
+    for step in range(1, 5):
+        advance(run, state, 1)
+        begun = time.perf_counter()
+        said.append(checkpoints.save_or_warn(state, last=step == 4))
+        waits.append(time.perf_counter() - begun)
+        if step != 3:  # after the third the fourth comes at once, and must wait for it
+            end = time.monotonic() + 20
+            while step < 3 and run.mesh.rank == 0 and background and time.monotonic() < end:
+                if news := checkpoints.news():
+                    said += news
+                    break
+                time.sleep(0.01)
+            advance_nothing(run)
+    return {"said": said, "waits": waits}
+
+
+def advance_nothing(run: Any) -> None:
+    """Keep the ranks together."""
+    from parallax.comm import barrier
+
+    barrier(run.mesh.world, run.mesh.device)
+
+
+def test_it_saves_what_a_save_that_is_waited_for_does(ranks, tmp_path: Path, capsys):
+    """The parameters change while the file is being written; what is saved does not."""
+    plain = ranks(4, train, str(tmp_path / "a"), False)
+    found = ranks(4, train, str(tmp_path / "b"), True)
+    paths = [checkpoint.find(tmp_path / name / "checkpoints") for name in "ab"]
+    assert [path.name for path in paths[0]] == [path.name for path in paths[1]] and len(paths[0]) == 4
+    for left, right in zip(*paths, strict=True):
+        assert main(["checkpoint", "diff", str(left), str(right)]) == 0, capsys.readouterr().out
+        assert sorted(os.listdir(left)) == sorted(os.listdir(right)), "no record is left"
+    assert min(plain[0]["waits"]) > SLOW_S
+    for rank in range(4):
+        first, second, third, fourth = found[rank]["waits"]
+        assert max(first, second, third) < SLOW_S / 2 and fourth > SLOW_S, "the last one waits, for the one before too"
+    said = found[0]["said"]
+    assert said[0].startswith("saving ") and "in the background; the training waited 0." in said[0]
+    assert said[1].startswith(f"saved {paths[1][0]} in ")
+    assert said[-1].splitlines()[0].startswith(f"saved {paths[1][2]}"), "what was not told yet"
+    assert said[-1].splitlines()[1].startswith(f"saved {paths[1][3]}")
+
+
+def test_an_error_in_the_background_is_told_and_ends_no_run(ranks, tmp_path: Path):
+    found = ranks(4, train, str(tmp_path), True, 2)[0]["said"]
+    assert [path.name[-1] for path in checkpoint.find(tmp_path / "checkpoints")] == ["1", "3", "4"]
+    (warning,) = [line for line in found if line.startswith("WARNING")]
+    assert "step-00000002 cannot be saved: No space left on device" in warning and "the run goes on" in warning
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
