@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,38 +16,47 @@ from parallax.resume import Checkpoints
 from tests.cases import LLAMA, TIED, advance, start
 
 CASE = LLAMA | TIED | {"dtype": "float32", "model.layers": 3, "checkpoint.keep": 0, "data.zero": 2}
-SLOW_S = 1.0
 
 
 def train(output: str, background: bool, fails_at: int = 0) -> dict[str, Any]:
-    """Four steps, each saved, while writing a file takes long; one save may fail on rank 1."""
+    """Four steps, each saved; files are written when a gate opens, and one save may fail on rank 1.
+
+    In the background the gate opens after the training has gone on, so a save that waited would wait for good.
+    """
     run, state = start("2x1x2", **CASE | {"output": output, "checkpoint.background": str(background).lower()})
     checkpoints = Checkpoints(run, Path(output))
     module = sys.modules["parallax.checkpoint.save"]
-    honest = module.write_shard  # type: ignore[attr-defined]
+    honest, gate = module.write_shard, threading.Event()  # type: ignore[attr-defined]
 
-    def slow(path: Path, named: Any) -> Any:
+    def gated(path: Path, named: Any) -> Any:
         if fails_at and run.mesh.rank == 1 and f"step-{fails_at:08d}" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        time.sleep(SLOW_S)
+        assert gate.wait(30), "the training waits for a file"
         return honest(path, named)
 
-    module.write_shard = slow  # type: ignore[attr-defined]
-    said, waits = [], []
+    module.write_shard = gated  # type: ignore[attr-defined]
+    said, went_on = [], []
     for step in range(1, 5):
         advance(run, state, 1)
-        begun = time.perf_counter()
+        if background and step < 4:
+            gate.clear()
+        elif background:  # the last one must wait for the third, which is still under way
+            threading.Timer(0.3, gate.set).start()
+        else:
+            gate.set()
         said.append(checkpoints.save_or_warn(state, last=step == 4))
-        waits.append(time.perf_counter() - begun)
-        if step != 3:  # after the third the fourth comes at once, and must wait for it
-            end = time.monotonic() + 20
-            while step < 3 and run.mesh.rank == 0 and background and time.monotonic() < end:
+        went_on.append(not gate.is_set())
+        advance_nothing(run)
+        if step < 3:
+            gate.set()
+            end = time.monotonic() + 30
+            while run.mesh.rank == 0 and background and time.monotonic() < end:
                 if news := checkpoints.news():
                     said += news
                     break
                 time.sleep(0.01)
             advance_nothing(run)
-    return {"said": said, "waits": waits}
+    return {"said": said, "went_on": went_on}
 
 
 def advance_nothing(run: Any) -> None:
@@ -65,10 +75,9 @@ def test_it_saves_what_a_save_that_is_waited_for_does(ranks, tmp_path: Path, cap
     for left, right in zip(*paths, strict=True):
         assert main(["checkpoint", "diff", str(left), str(right)]) == 0, capsys.readouterr().out
         assert sorted(os.listdir(left)) == sorted(os.listdir(right)), "no record is left"
-    assert min(plain[0]["waits"]) > SLOW_S
     for rank in range(4):
-        first, second, third, fourth = found[rank]["waits"]
-        assert max(first, second, third) < SLOW_S / 2 and fourth > SLOW_S, "the last one waits, for the one before too"
+        assert plain[rank]["went_on"] == [False] * 4
+        assert found[rank]["went_on"] == [True, True, True, False], "the last one waits, for the one before too"
     said = found[0]["said"]
     assert said[0].startswith("saving ") and "in the background; the training waited 0." in said[0]
     assert said[1].startswith(f"saved {paths[1][0]} in ")
