@@ -1,0 +1,34 @@
+"""Building a model takes no more memory than the model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, torch
+torch.set_num_threads(1)
+from tests.cases import start
+from parallax.memory_report import held_bytes
+BIG = {{"dtype": "{dtype}", "model.hidden": 1024, "model.ffn": 4096, "model.heads": 8, "model.layers": 5}}
+start("1x1x1", **{{"model.layers": 1}})  # what libraries take at their first use
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+run, state = start("1x1x1", **BIG)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(peak, sum(held_bytes(run, state).values()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_construction_is_what_is_kept(dtype: str):
+    """Parameters, gradients, masters and moments of 84 M parameters, and a tile of random numbers."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.format(dtype=dtype)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak, kept = map(int, done.stdout.split())
+    assert kept > 1e9 and 0.9 * kept < peak <= 1.1 * kept, f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} MB"
