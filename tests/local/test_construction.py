@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ print(peak, sum(held_bytes(run, state).values()))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_construction_is_what_is_kept(dtype: str):
     """Parameters, gradients, masters and moments of 84 M parameters, and a tile of random numbers."""
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CODE.format(dtype=dtype)], env=environment, capture_output=True, text=True
     )
