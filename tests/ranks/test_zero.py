@@ -93,6 +93,7 @@ SCHEDULED = GPT2 | TIED | {"model.layers": 4, "batch.num_microbatches": 4, "mode
 def check_schedules(ranks: Any, mesh: str, levels: list[int]) -> None:
     # Two stages on each of four pipeline ranks need more layers.
     changes = SCHEDULED | ({"model.layers": 7} if mesh.endswith("x4") else {})
+    changes |= {"batch.global_size": 48} if mesh.startswith("4") else {}
     alone = train("1x1x1", changes)
     options = {f"{name} {z}": {"pipeline.schedule": name, "data.zero": z} for name in SCHEDULES for z in levels}
     for rows in ranks(size_of(mesh), train_each, mesh, changes, options, timeout_s=1200):
