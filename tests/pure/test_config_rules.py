@@ -153,7 +153,7 @@ def test_check_reports_wrong_types_of_configs_built_in_python():
 
 def test_model_sizes_follow_from_the_activation_and_the_heads():
     model = ModelConfig()
-    assert (model.num_kv_heads, model.ffn_size, model.head_dim) == (8, 384, 16)
+    assert (model.num_kv_heads, model.ffn_size, model.head_size) == (8, 384, 16)
     assert ModelConfig(activation="gelu").ffn_size == 512
     assert ModelConfig(hidden=4096).ffn_size == 10944 and ModelConfig(hidden=192).ffn_size == 512
     assert ModelConfig(ffn=100, kv_heads=2).ffn_size == 100 and ModelConfig(kv_heads=2).num_kv_heads == 2
