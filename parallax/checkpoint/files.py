@@ -17,7 +17,7 @@ from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, open_regula
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
-__all__ = ["NAMES", "hash_file", "read_box", "sync_directory", "write_exclusive", "write_shard"]
+__all__ = ["NAMES", "hash_file", "read_box", "read_part", "sync_directory", "write_exclusive", "write_shard"]
 
 NAMES = {
     torch.float64: "F64",
@@ -104,14 +104,17 @@ def hash_file(path: Path) -> str:
 
 def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Tensor:
     """The part `wanted` (global coordinates) of a saved box. Only the pages that hold it are read."""
-    path = manifest.path.parent / saved.file
+    cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
+    return read_part(manifest.path.parent / saved.file, saved.offset, saved.shape, dtype, cut)
+
+
+def read_part(path: Path, offset: int, shape: tuple[int, ...], dtype: str, cut: tuple[slice, ...]) -> Tensor:
+    """A part of the row-major tensor at `offset` of a file. Only the pages that hold it are read."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            count = math.prod(saved.shape) * DTYPES[dtype]
-            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=saved.offset, shape=(count,))
+            count = math.prod(shape) * DTYPES[dtype]
+            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(count,))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    whole = flat.view(_NUMPY[dtype]).reshape(saved.shape)
-    cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
-    part = np.array(whole[cut])  # a copy, so that the file can be closed
+    part = np.array(flat.view(_NUMPY[dtype]).reshape(shape)[cut])  # a copy, so that the file can be closed
     return torch.from_numpy(part).view(_TORCH[dtype])
