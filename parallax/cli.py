@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
-from parallax.errors import ParallaxError
+from parallax.errors import ConfigError, ParallaxError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -40,8 +40,18 @@ def schedule(argv: Sequence[str]) -> int:
     return run_schedule(argv)
 
 
+def checkpoint(argv: Sequence[str]) -> int:
+    """Write a checkpoint for other programs."""
+    from parallax.checkpoint.hf_command import USAGE, run_export
+
+    if argv and argv[0] == "export":
+        return run_export(argv[1:])
+    raise ConfigError(f"checkpoint takes export, and got {argv[0] if argv else 'nothing'}\nusage: {USAGE}")
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
+    "checkpoint": (checkpoint, "export DIR --to hf OUT [--dtype NAME] [--max-shard-bytes N]"),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
 }
@@ -72,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from parallax.schedule_command import USAGE
 
         print(f"usage: {USAGE}")
+        return 0
+    if name == "checkpoint" and ("--help" in rest or "-h" in rest):
+        from parallax.checkpoint.hf_command import USAGE as EXPORT_USAGE
+
+        print(f"usage: {EXPORT_USAGE}")
         return 0
     if "--help" in rest or "-h" in rest:
         from parallax.config_io import help_text

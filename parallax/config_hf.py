@@ -108,7 +108,10 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """DIRECTORY/config.json. Raises ConfigError where there is none or it is not JSON."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"init_from={directory} has no config.json; give a directory that save_pretrained wrote")
+        raise ConfigError(
+            f"init_from={directory} has no config.json; give a directory that save_pretrained "
+            "wrote, or init_from=none, as for a run that goes on"
+        )
     try:
         with path.open("rb") as file:
             data = parse_json(file.read(MAX_CONFIG_BYTES))

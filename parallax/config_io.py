@@ -24,7 +24,7 @@ from parallax.config_hf import disagreements, model_keys, read_hf_config
 from parallax.config_names import did_you_mean, unknown_key
 from parallax.errors import ConfigError, report
 
-__all__ = ["help_text", "load", "parse_command_line", "to_dict", "to_yaml", "with_overrides"]
+__all__ = ["from_dict", "help_text", "load", "parse_command_line", "to_dict", "to_yaml", "with_overrides"]
 
 FORM = "write key=value, as in model.layers=4 or config=FILE.yaml"
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -120,6 +120,17 @@ def with_overrides(config: Config, overrides: Mapping[str, object]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested dicts that JSON can hold; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(saved: Mapping[str, Any]) -> Config:
+    """The configuration that `to_dict` was given; what is left out has its default. Rules are left to `check`.
+
+    Raises ConfigError for a key that is unknown or a value of the wrong type.
+    """
+    values: dict[str, object] = {}
+    for name, value in saved.items():
+        values |= {f"{name}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
+    return with_overrides(Config(), values)
 
 
 def to_yaml(config: Config) -> str:

@@ -40,6 +40,8 @@ def main() -> None:
     metrics.say(run.describe())
     if resumed := checkpoints.resume(state):
         metrics.say(f"resumed from {resumed} at step {state.step} of {config.steps}")
+    elif begun := checkpoints.begin(state):
+        metrics.say(f"began with the weights of {begun}")
 
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.step, **run.share)
     metrics.resume()
