@@ -7,7 +7,7 @@ too, is known not to change the model, or is refused by name. So nothing is drop
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +161,17 @@ def model_keys(hf: Mapping[str, Any], where: object = "config.json") -> dict[str
         problems.append(f"layer_types={kinds!r} has other layers than attention")
     if problems:
         raise ConfigError(f"{where} is a {kind} that parallax cannot represent: {'; '.join(problems)}")
-    return {f"model.{name}": value for name, value in _completed(found).items()}
+    _complete(found)
+    return {f"model.{f.name}": found[f.name] for f in fields(ModelConfig) if f.name in found}
 
 
-def _completed(found: dict[str, Any]) -> dict[str, Any]:
-    """With the sizes that follow from others, so that no default of ours takes their place."""
+def _complete(found: dict[str, Any]) -> None:
+    """Add the sizes that follow from others, so that no default of ours takes their place."""
     found["kv_heads"] = found.get("kv_heads") or found["heads"]
     if found.get("ffn") is None:
         found["ffn"] = 4 * found["hidden"]
     if found.get("head_dim") is None:
         found["head_dim"] = found["hidden"] // max(1, found["heads"])
-    return found
 
 
 def _is(value: Any, wanted: type) -> bool:

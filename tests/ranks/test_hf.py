@@ -1,0 +1,60 @@
+"""What transformers saved, begun from on any mesh; what a mesh saved, loaded by transformers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallax.cli import main
+from tests.hf_models import MODELS, imported, load_hf_logits, save_hf_model, whole_logits
+
+pytest.importorskip("transformers", reason="it is in the test extra")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Each model's directory and logits; the Llama in several files."""
+    found = {}
+    for name in MODELS:
+        directory = tmp_path_factory.mktemp(name)
+        found[name] = directory, save_hf_model(name, directory, max_shard_size="60KB" if name == "llama" else "5GB")
+    assert (found["llama"][0] / "model.safetensors.index.json").exists()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ("1x1x1", {}),
+        ("1x4x1", {}),  # two ranks share each key/value head
+        ("1x2x1", {"tensor.sequence_parallel": "true"}),
+        ("1x1x2", {"data.zero": 1}),
+        ("2x2x1", {"data.zero": 3, "model.vocab_multiple": 8}),
+    ],
+)
+def test_any_mesh_begins_with_the_weights_that_transformers_saved(ranks, models, tmp_path, mesh: str, changes: Any):
+    """The same logits; and exported again from that mesh's checkpoint, the same bits."""
+    from safetensors.torch import load_file
+
+    size = math.prod(map(int, mesh.split("x")))
+    directories = {name: str(directory) for name, (directory, _) in models.items()}
+    every = ranks(size, imported, mesh, directories, changes, str(tmp_path))
+    for name, (directory, logits) in models.items():
+        ours = whole_logits([rank[name] for rank in every])
+        assert logits.abs().max() > 1
+        assert (ours - logits).abs().max() <= 1e-4, name
+        out = tmp_path / f"{name}-out"
+        argv = ["checkpoint", "export", str(tmp_path / name / "checkpoints/step-00000000"), str(out), "--to", "hf"]
+        family = name.partition("-")[0]
+        assert main([*argv, "--family", family]) == 0
+        before = {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
+        after = load_file(out / "model.safetensors")
+        if "gpt2" in name:  # trained on 16 of the 20 positions
+            before["transformer.wpe.weight"] = before["transformer.wpe.weight"][:16]
+        assert before.keys() == after.keys()
+        assert all(after[key].equal(value) for key, value in before.items())
+        assert (load_hf_logits(out) - logits).abs().max() <= 1e-6
