@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from parallax.assemble import Run, assemble
 from parallax.batches import Batch
+from parallax.checkpoint import files, hf_import
 from parallax.config_io import load
+from parallax.errors import CheckpointError
 from parallax.mesh import init_mesh
 from parallax.resume import Checkpoints
 from parallax.step import TrainState, evaluate
@@ -135,19 +138,39 @@ def local_logits(run: Run) -> dict[str, Any]:
 
 def whole_logits(parts: list[dict[str, Any]]) -> torch.Tensor:
     """[B, T, V] from the parts of all ranks."""
-    parts = sorted((part for part in parts if part), key=lambda part: (part["data"], part["start"]))
+    parts = sorted((part for part in parts if "logits" in part), key=lambda part: (part["data"], part["start"]))
     rows = {part["data"]: [p["logits"] for p in parts if p["data"] == part["data"]] for part in parts}
     return torch.cat([torch.cat(columns, dim=1) for columns in rows.values()]).view(SAMPLES, LENGTH, VOCAB)
 
 
 def imported(mesh: str, directories: dict[str, str], changes: dict[str, Any], save: str = "") -> dict[str, Any]:
-    """This rank's logits of every model after init_from; `save`: where a checkpoint of each goes."""
+    """This rank's logits of every model after init_from, and how many elements it read; `save`: where a checkpoint of
+    each goes."""
     found = {}
+    count = [0]
+
+    def counted(*args: Any) -> torch.Tensor:
+        count[0] += (part := files.read_part(*args)).numel()
+        return part
+
+    hf_import.read_part = counted
     for name, directory in directories.items():
+        count[0] = 0
         run, state = run_of(mesh, changes | {"init_from": directory})
         checkpoints = Checkpoints(run, Path(save) / name)
         checkpoints.begin(state)
-        found[name] = local_logits(run)
+        pieces = [piece for flat in run.flats.values() for piece in flat.pieces]
+        owned = sum(piece.stop - piece.start for piece in pieces)
+        found[name] = local_logits(run) | {"read": count[0], "owned": owned}
         if save:
             checkpoints.save(state)
     return found
+
+
+def begin_apart(mesh: str, directories: list[str]) -> str:
+    """Each rank begins from a directory of its own: what it then says."""
+    run, state = run_of(mesh, {"init_from": directories[0]})
+    object.__setattr__(run.config, "init_from", directories[run.mesh.rank])
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoints(run, Path(directories[0])).begin(state)
+    return str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from parallax.cli import main
-from tests.hf_models import MODELS, imported, load_hf_logits, save_hf_model, whole_logits
+from tests.hf_models import MODELS, begin_apart, imported, load_hf_logits, save_hf_model, whole_logits
 
 pytest.importorskip("transformers", reason="it is in the test extra")
 
@@ -32,7 +33,7 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
         ("1x1x1", {}),
         ("1x4x1", {}),  # two ranks share each key/value head
         ("1x2x1", {"tensor.sequence_parallel": "true"}),
-        ("1x1x2", {"data.zero": 1}),
+        ("2x1x2", {"data.zero": 1}),
         ("2x2x1", {"data.zero": 3, "model.vocab_multiple": 8}),
     ],
 )
@@ -44,6 +45,7 @@ def test_any_mesh_begins_with_the_weights_that_transformers_saved(ranks, models,
     directories = {name: str(directory) for name, (directory, _) in models.items()}
     every = ranks(size, imported, mesh, directories, changes, str(tmp_path))
     for name, (directory, logits) in models.items():
+        assert all(rank[name]["read"] == rank[name]["owned"] for rank in every), "a rank reads what it owns, once"
         ours = whole_logits([rank[name] for rank in every])
         assert logits.abs().max() > 1
         assert (ours - logits).abs().max() <= 1e-4, name
@@ -58,3 +60,11 @@ def test_any_mesh_begins_with_the_weights_that_transformers_saved(ranks, models,
         assert before.keys() == after.keys()
         assert all(after[key].equal(value) for key, value in before.items())
         assert (load_hf_logits(out) - logits).abs().max() <= 1e-6
+
+
+def test_a_file_that_one_rank_lacks_ends_all_with_the_same_words(ranks, models, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(models["llama"][0], broken)
+    next(broken.glob("model-00002-*")).unlink()
+    said = ranks(2, begin_apart, "1x2x1", [str(models["llama"][0]), str(broken)])
+    assert said[0] == said[1] and "is missing; copy the model again (rank 1)" in said[0]
