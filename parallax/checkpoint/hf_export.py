@@ -29,7 +29,7 @@ from parallax.checkpoint.hf_files import INDEX, SINGLE
 from parallax.checkpoint.hf_import import COMPANIONS, PREFIX, copy_companions
 from parallax.checkpoint.hf_names import HfTensor, hf_tensors
 from parallax.checkpoint.manifest import DTYPES, Manifest, overlaps, read_manifest
-from parallax.config import Config
+from parallax.config import Config, check, keys
 from parallax.config_hf import family_of, make_hf_config, read_hf_config
 from parallax.config_io import from_dict
 from parallax.errors import CheckpointError, ConfigError
@@ -115,6 +115,9 @@ def _config(manifest: Manifest) -> Config:
         )
     try:
         config = from_dict(saved)
+        others = [name for name in keys() if not name.startswith("model.")]  # a mesh or a schedule may be gone by now
+        if problems := check(config, unread=others):
+            raise ConfigError("; ".join(problems))
     except ConfigError as error:
         raise CheckpointError(
             f"{manifest.path} has a configuration that this parallax does not know: {error}"

@@ -68,7 +68,7 @@ def _nothing(directory: Path) -> str:
     for name in PICKLES:
         if os.path.lexists(directory / name):
             return (
-                f"{text}, only {name}, which is pickle and can run any code when it is read; convert it where you "
+                f"{text}, only {name}, which is pickled and can run any code when it is read; convert it where you "
                 "trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
             )
     return f"{text}; give a directory that save_pretrained wrote"

@@ -138,7 +138,7 @@ def test_index_and_files_must_say_the_same(original: Path, tmp_path: Path):
 
 def test_pickle_is_refused_with_the_way_out(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(CheckpointError, match="which is pickle and can run any code .* convert it .*save_pretrained"):
+    with pytest.raises(CheckpointError, match="which is pickled and can run any code .* convert it .*save_pretrained"):
         read_hf_headers(tmp_path)
 
 

@@ -221,3 +221,11 @@ def test_learning_rate_warms_up_and_decays():
     assert OptimizerConfig(lr=1.0, warmup_steps=20).lr_at(19, 5) == 1.0
     assert OptimizerConfig(lr=1.0, warmup_steps=20).lr_at(20, 5) == 0.1
     assert OptimizerConfig(lr=1.0, warmup_steps=5).lr_at(5, 5) == 0.1
+
+
+def test_a_head_may_be_of_any_even_size():
+    assert load(["model.hidden=50", "model.heads=4", "model.head_dim=16"]).model.head_size == 16
+    with pytest.raises(ConfigError, match="model.head_dim=15 is odd; set it to 16, or model.positions=learned"):
+        load(["model.head_dim=15"])
+    with pytest.raises(ConfigError, match="model.heads to one of 1, 2, 5, 10, 25, 50, or model.head_dim"):
+        load(["model.hidden=50"])
