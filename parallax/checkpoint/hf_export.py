@@ -72,10 +72,11 @@ def export_hf(
     """
     manifest = read_manifest(checkpoint)
     config = _config(manifest)
-    known = companions or manifest.path.resolve().parent.parent.parent / "hf"
+    begun = manifest.path.resolve().parent.parent.parent / "hf"  # where init_from has put them
+    origin = read_hf_config(begun) if (begun / "config.json").is_file() else None
+    known = companions or begun
     if companions is not None and not known.is_dir():
         raise CheckpointError(f"{known} is no directory; give one with tokenizer files, or leave it out")
-    origin = read_hf_config(known) if (known / "config.json").is_file() else None
     if family is None:
         family = _family(config, origin)
     dtype = dtype or config.dtype

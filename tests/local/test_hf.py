@@ -127,6 +127,13 @@ def test_the_tokenizer_and_the_family_go_along(exported, tmp_path: Path):
     assert (config["eos_token_id"], config["max_position_embeddings"], config["sliding_window"]) == (7, 4000, 16)
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out/weights.txt").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "t5"}')
+    (foreign / "vocab.json").write_text("{}")
+    done = export_hf(checkpoints.directory / "step-00000000", tmp_path / "again", companions=foreign)
+    assert (done.family, done.companions) == ("mistral", ["vocab.json"])
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config
 
 
 def test_files_of_old_versions_are_read(exported, saved):

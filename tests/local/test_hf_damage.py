@@ -75,6 +75,19 @@ def test_a_header_that_lies_is_refused(original: Path, tmp_path: Path, change: A
         read_hf_headers(tmp_path / "hf")
 
 
+def test_a_header_of_odd_length_is_no_lie(original: Path, tmp_path: Path):
+    """Tensors then begin at an odd byte, as files of early versions have them."""
+    shutil.copytree(original / "single", tmp_path / "hf")
+    rewrite(tmp_path / "hf" / SINGLE, lambda header: (text := json.dumps(header).encode()) + b" " * (len(text) % 2 + 1))
+    values = []
+    for directory in (original / "single", tmp_path / "hf"):
+        run, state = run_of("1x1x1", {"init_from": directory})
+        Checkpoints(run, tmp_path).begin(state)
+        values.append(run.flats[0].values)
+    assert read_hf_headers(tmp_path / "hf")[NORM].offset % 2 == 1
+    assert values[0].equal(values[1])
+
+
 @pytest.mark.parametrize("length", [0, 1, 10**9, 2**63])
 def test_the_length_of_the_header_is_checked_before_it_is_read(original: Path, tmp_path: Path, length: int):
     shutil.copytree(original / "single", tmp_path / "hf")

@@ -35,6 +35,11 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
         ("1x2x1", {"tensor.sequence_parallel": "true"}),
         ("2x1x2", {"data.zero": 1}),
         ("2x2x1", {"data.zero": 3, "model.vocab_multiple": 8}),
+        pytest.param("2x2x2", {"data.zero": 2, "tensor.sequence_parallel": "true"}, marks=pytest.mark.slow),
+        pytest.param(
+            "4x1x2", {"data.zero": 3, "data.shard_size": 2, "batch.num_microbatches": 1}, marks=pytest.mark.slow
+        ),
+        pytest.param("1x2x3", {"pipeline.schedule": "zb-h1"}, marks=pytest.mark.slow),
     ],
 )
 def test_any_mesh_begins_with_the_weights_that_transformers_saved(ranks, models, tmp_path, mesh: str, changes: Any):
