@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from parallax.config_fields import Config, ModelConfig
+from parallax.config_fields import Config, ModelConfig, value_fits
 from parallax.errors import ConfigError
 from parallax.plain_json import parse_json
 
@@ -176,7 +176,7 @@ def _complete(found: dict[str, Any]) -> None:
 
 def _is(value: Any, wanted: type) -> bool:
     if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return value_fits(value, float)
     return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
 
 
