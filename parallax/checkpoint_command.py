@@ -19,12 +19,20 @@ USAGE = """parallax checkpoint COMMAND ...
   verify CHECKPOINT ...  whether it is what was saved: manifest, sizes, every file's hash
   diff A B               which tensors differ, and by how much
   prune RUN keep=K [keep_every=N]   delete all but the newest K and multiples of N
-Any of them takes --json. Exit code: 0, 1 where something is damaged or differs, 2 for a mistake in the command."""
+  export CHECKPOINT --to hf OUT     a Hugging Face model directory; export --help tells the options
+All but export take --json. Exit code: 0, 1 where something is damaged or differs, 2 for a mistake in the command."""
 BLOCK_ELEMENTS = 1 << 22
 
 
 def run_checkpoint(argv: Sequence[str]) -> int:
     """Run one of the commands; returns its exit code."""
+    if argv and argv[0] == "export":
+        from parallax.checkpoint.hf_command import run_export
+
+        return run_export(argv[1:])
+    if "--help" in argv or "-h" in argv:
+        print(f"usage: {USAGE}")
+        return 0
     words = [word for word in argv if word != "--json"]
     commands: Mapping[str, Callable[[Sequence[str]], tuple[Any, list[str], int]]] = {
         "ls": _ls,
@@ -34,7 +42,7 @@ def run_checkpoint(argv: Sequence[str]) -> int:
         "prune": _prune,
     }
     if not words or words[0] not in commands:
-        raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}\nusage: {USAGE}")
+        raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}, export\nusage: {USAGE}")
     data, lines, code = commands[words[0]](words[1:])
     print(json.dumps(data) if "--json" in argv else "\n".join(lines))
     return code

@@ -57,7 +57,7 @@ def verify_resume(argv: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
-    "checkpoint": (checkpoint, "ls | show | verify | diff | prune ..."),
+    "checkpoint": (checkpoint, "ls | show | verify | diff | prune | export ..."),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
     "verify-resume": (verify_resume, "[mesh=2x1x1] [mesh=1x2x2] [steps=N] [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
@@ -90,12 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"usage: {USAGE}")
         return 0
-    if name == "checkpoint" and ("--help" in rest or "-h" in rest):
-        from parallax.checkpoint_command import USAGE as CHECKPOINT_USAGE
-
-        print(f"usage: {CHECKPOINT_USAGE}")
-        return 0
-    if "--help" in rest or "-h" in rest:
+    if name != "checkpoint" and ("--help" in rest or "-h" in rest):
         from parallax.config_io import help_text
 
         keys = help_text().partition("\n\n")[2]

@@ -58,6 +58,7 @@ class ModelConfig:
     hidden: int = key(128, "width of the residual stream", least=1)
     heads: int = key(8, "attention heads", least=1)
     kv_heads: int | None = key(None, "key/value heads; none = heads", least=1)
+    head_dim: int | None = key(None, "width of an attention head; none = hidden/heads", least=1)
     ffn: int | None = key(None, "width of the MLP; none = 4*hidden (gelu), 8/3*hidden up to a 64 (swiglu)", least=1)
     vocab: int = key(256, "vocabulary size", least=2)
     tie_embeddings: bool = key(False, "one matrix for the embedding and the output head")
@@ -65,6 +66,7 @@ class ModelConfig:
     positions: Literal["learned", "rotary"] = key("rotary", "position encoding")
     norm: Literal["layernorm", "rmsnorm"] = key("rmsnorm", "normalisation")
     activation: Literal["gelu", "swiglu"] = key("swiglu", "activation of the MLP")
+    qk_norm: bool = key(False, "rmsnorm of each query and key head before the rotation, as in Qwen3")
     bias: bool = key(False, "biases in the linear layers and in layernorm")
     rope_theta: float = key(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = key(1e-5, "epsilon of the normalisation", above=0)
@@ -82,8 +84,8 @@ class ModelConfig:
         return 4 * self.hidden if self.activation == "gelu" else 64 * math.ceil(8 * self.hidden / (3 * 64))
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def head_size(self) -> int:
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +228,7 @@ class Config:
     check_replicas_every: int = key(100, "steps between checks that copies are equal; 0 = never", least=0)
     recompute: str = key("none", "activations computed again in the backward: none, selective, full or every-N")
     output: str = key("auto", "directory of this run; auto = the next free runs/NNN")
+    init_from: str = key("none", "Hugging Face model directory to begin from, which sets model.*; none = by the seed")
     resume: str = key("none", "none, auto (the latest checkpoint in output), or a checkpoint directory")
     log_every: int = key(1, "steps between log lines", least=1)
     trace: int | None = key(None, "step whose pipeline is recorded and drawn in OUTPUT/trace", least=1)

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import yaml
 
 from parallax.config import Config, check, keys, kind_name, resolve_batch, schedule_names, sections, value_fits
+from parallax.config_hf import disagreements, model_keys, read_hf_config
 from parallax.config_names import did_you_mean, unknown_key
 from parallax.errors import ConfigError, report
 
-__all__ = ["help_text", "load", "parse_command_line", "to_dict", "to_yaml", "with_overrides"]
+__all__ = ["from_dict", "help_text", "load", "parse_command_line", "to_dict", "to_yaml", "with_overrides"]
 
 FORM = "write key=value, as in model.layers=4 or config=FILE.yaml"
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -53,7 +54,8 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
 
 
 def load(argv: Sequence[str]) -> Config:
-    """Read `config=FILE.yaml` and `key.path=value` arguments, in any order: defaults < file < command line.
+    """Read `config=FILE.yaml` and `key.path=value` arguments, in any order: defaults < file < command line. With
+    init_from=DIRECTORY the model.* keys that are not given are those of the model there.
 
     Raises one ConfigError with every problem of the arguments, the file and `check`. Never exits.
     """
@@ -72,7 +74,11 @@ def load(argv: Sequence[str]) -> Config:
     given, reading.values = reading.values, {}
     for path in files[:1]:
         _read_file(path, reading)
-    config = _replaced(Config(), reading.values | given)
+    values = reading.values | given
+    hf = _read_hf(values.get("init_from"), reading)
+    config = _replaced(Config(), {**model_keys(hf), **values} if hf else values)
+    if hf:
+        reading.problems += disagreements(config, hf)
     problems = reading.problems + check(config, unread=reading.unread)
     if len(problems) > 1:
         numbered = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
@@ -80,6 +86,19 @@ def load(argv: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems[0])
     return config
+
+
+def _read_hf(directory: object, reading: _Reading) -> dict[str, Any] | None:
+    """The config.json of the model to begin from, if there is one; what is wrong with it goes to the problems."""
+    if not isinstance(directory, str) or directory == "none":
+        return None
+    try:
+        hf = read_hf_config(Path(directory))
+        model_keys(hf, f"init_from={directory}")
+    except ConfigError as error:
+        reading.problems.append(str(error))
+        return None
+    return hf
 
 
 def with_overrides(config: Config, overrides: Mapping[str, object]) -> Config:
@@ -103,6 +122,17 @@ def to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def from_dict(saved: Mapping[str, Any]) -> Config:
+    """The configuration that `to_dict` was given; what is left out has its default. Rules are left to `check`.
+
+    Raises ConfigError for a key that is unknown or a value of the wrong type.
+    """
+    values: dict[str, object] = {}
+    for name, value in saved.items():
+        values |= {f"{name}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
+    return with_overrides(Config(), values)
+
+
 def to_yaml(config: Config) -> str:
     """The configuration as YAML with every key, which `load` reads back to an equal one.
 
@@ -116,7 +146,9 @@ def to_yaml(config: Config) -> str:
 def help_text() -> str:
     """Every key with its type, default and meaning, by section."""
     lines = ["usage: [config=FILE.yaml] [key=value ...] [--print-config] [--help]", ""]
-    lines += ["Precedence: defaults < file < command line. A file may nest keys or write them dotted."]
+    lines += [
+        "Precedence: defaults < init_from's model < file < command line. A file may nest keys or write them dotted."
+    ]
     section = None
     for name, known in keys().items():
         if (this := name.rpartition(".")[0]) != section:

@@ -32,17 +32,22 @@ def _ffn_by_tensor(config: Config) -> str | None:
 
 
 def _hidden_by_heads(config: Config) -> str | None:
-    hidden, heads = config.model.hidden, config.model.heads
-    if hidden % heads:
+    model = config.model
+    hidden, heads = model.hidden, model.heads
+    if model.head_dim is None and hidden % heads:
         return (
             f"model.hidden={hidden} does not divide by model.heads={heads}; set model.hidden to a multiple of {heads}, "
-            f"or model.heads to one of {listed(divisors(hidden))}"
+            f"or model.heads to one of {listed(divisors(hidden))}, or model.head_dim"
         )
-    head_dim = hidden // heads
-    if config.model.positions == "rotary" and head_dim % 2:
+    if model.positions == "rotary" and model.head_size % 2:
+        if model.head_dim is not None:
+            return (
+                f"rotary positions turn pairs of features, but model.head_dim={model.head_dim} is odd; set it to "
+                f"{model.head_dim + 1}, or model.positions=learned"
+            )
         return (
             f"rotary positions turn pairs of features, but the head size model.hidden {hidden} / model.heads {heads} = "
-            f"{head_dim} is odd; choose an even one (model.hidden={2 * hidden}), or model.positions=learned"
+            f"{model.head_size} is odd; choose an even one (model.hidden={2 * hidden}), or model.positions=learned"
         )
     return None
 
@@ -250,7 +255,7 @@ def _float8(config: Config) -> str | None:
     sizes = {
         "model.hidden": model.hidden,
         "model.ffn / tensor": model.ffn_size / tensor,
-        "the width of the heads of a rank": model.heads * model.head_dim / tensor,
+        "the width of the heads of a rank": model.heads * model.head_size / tensor,
         "the tokens of a microbatch": tokens,
     }
     wrong = [f"{name} = {size:g}" for name, size in sizes.items() if size % 16]
@@ -303,7 +308,7 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh model.heads", _heads_by_tensor),
     ("mesh model.heads model.kv_heads", _kv_heads_by_tensor),
     ("mesh model.hidden model.ffn model.activation", _ffn_by_tensor),
-    ("model.hidden model.heads model.positions", _hidden_by_heads),
+    ("model.hidden model.heads model.head_dim model.positions", _hidden_by_heads),
     ("model.heads model.kv_heads", _heads_by_kv_heads),
     ("mesh batch.global_size batch.microbatch_size batch.num_microbatches", _batch),
     (

@@ -126,11 +126,13 @@ def train_rows(config: Config) -> list[Row]:
     from parallax.batches import token_batches
     from parallax.corpus import corpus_for
     from parallax.mesh import init_mesh
+    from parallax.resume import Checkpoints
     from parallax.step import train_step
 
     mesh = init_mesh(config.mesh, device_type=config.device)
     corpus = corpus_for(config)
     run, state = assemble(config, mesh)
+    Checkpoints(run, Path(config.output)).begin(state)
     batches = token_batches(corpus.train, seed=config.seed, **run.share)
     results = [train_step(run, state, batch) for batch in itertools.islice(batches, config.steps)]
     return [Row(result.step, result.loss, result.grad_norm) for result in results]

@@ -15,7 +15,7 @@ from parallax.checkpoint import Entry
 from parallax.comm import gather_json
 from parallax.config import Config
 from parallax.config_io import to_dict, to_yaml
-from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint
+from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint, ParallaxError
 from parallax.mesh import Mesh
 from parallax.owed import Loading, holders, owed_entries
 from parallax.step import TrainState
@@ -47,10 +47,12 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
                 )
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "config.yaml").write_text(to_yaml(config))
+            if config.init_from != "none":  # the tokenizer goes with the weights, into every export
+                checkpoint.copy_companions(Path(config.init_from), directory / "hf")
             answer = {"output": str(directory)}
-        except (OSError, ConfigError) as error:
+        except (OSError, ParallaxError) as error:
             text = (
-                str(error) if isinstance(error, ConfigError) else f"output={config.output} cannot be written: {error}"
+                str(error) if isinstance(error, ParallaxError) else f"output={config.output} cannot be written: {error}"
             )
             answer = {"error": text}
     answer = gather_json(answer, mesh.world, mesh.device)[0]
@@ -248,6 +250,22 @@ class Checkpoints:
         state.batches = int(saved.get("batches", state.step))
         state.loss_scale.load(saved)
         state.optimizer.set_step(state.step - state.loss_scale.skipped)
+        self._publish(state)
+
+    def begin(self, state: TrainState) -> str:
+        """Give a new run the weights in config.init_from, if there are any; returns what to say.
+
+        Raises CheckpointError or ConfigError on every rank alike.
+        """
+        if self.run.config.init_from == "none":
+            return ""
+        directory = Path(self.run.config.init_from)
+        checkpoint.load_hf(directory, self._entries(state), self.run.config, self._exchange)
+        self._publish(state)
+        return f"began with the weights of {directory}"
+
+    def _publish(self, state: TrainState) -> None:
+        """Let the model compute with what was loaded."""
         state.optimizer.publish()
         self.run.sync.publish()
 

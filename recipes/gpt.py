@@ -43,6 +43,8 @@ def main() -> None:
     metrics.say(run.describe())
     if resumed := checkpoints.resume(state):
         metrics.say(resumed)
+    elif begun := checkpoints.begin(state):
+        metrics.say(begun)
 
     stop = Stop(config.time_limit).listen()
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.batches, **run.share)

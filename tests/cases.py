@@ -36,6 +36,7 @@ GPT2: dict[str, Any] = {
     "model.bias": "true",
 }
 LLAMA: dict[str, Any] = {"model.kv_heads": 6}
+QWEN3: dict[str, Any] = {"model.qk_norm": "true", "model.head_dim": 6}  # heads wider than the stream
 TIED = {"model.tie_embeddings": "true"}
 SEQUENCE_PARALLEL = {"tensor.sequence_parallel": "true"}
 
@@ -47,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama-tied-sp": LLAMA | TIED | SEQUENCE_PARALLEL,
     "llama-padded": LLAMA | {"model.vocab_multiple": 16},
+    "qwen3": LLAMA | QWEN3,
+    "qwen3-tied-sp": LLAMA | QWEN3 | TIED | SEQUENCE_PARALLEL,
 }
 
 

@@ -18,6 +18,7 @@ EVERYTHING = SOURCES + sorted((ROOT / "recipes").rglob("*.py")) + sorted((ROOT /
 RANK = {
     "errors": 0,
     "rng": 0,
+    "plain_json": 0,
     "mesh": 1,
     "params": 2,
     "gradients": 2,
@@ -38,6 +39,7 @@ RANK = {
     "models.memory": 9,
     "stage_plan": 10,
     "config_batch": 4,
+    "config_hf": 7,
     "config_rules": 7,
     "config": 8,
     "config_io": 9,
@@ -74,7 +76,7 @@ NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parall
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]
 NO_TORCH += ["parallax.pipeline.v_schedules", "parallax.pipeline.table", "parallax.pipeline.draw"]
 NO_TORCH += ["parallax.pipeline.search", "parallax.stage_plan", "parallax.schedule_command"]
-NO_TORCH += ["parallax.mesh", "parallax.config", "parallax.config_io", "parallax.corpus"]
+NO_TORCH += ["parallax.mesh", "parallax.config", "parallax.config_io", "parallax.config_hf", "parallax.corpus"]
 COLLECTIVES = re.compile(
     r"\bdist\.(all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*|broadcast\w*|i?send|i?recv|"
     r"batch_isend_irecv|barrier|scatter\w*|gather\w*|P2POp)\b"

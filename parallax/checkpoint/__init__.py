@@ -4,6 +4,7 @@ OUTPUT/checkpoints/step-00000100/ holds one safetensors file a writing rank and 
 """
 
 from parallax.checkpoint.background import BackgroundSave
+from parallax.checkpoint.hf_import import copy_companions, load_hf
 from parallax.checkpoint.load import load
 from parallax.checkpoint.lock import DirectoryLock
 from parallax.checkpoint.manifest import Manifest, read_manifest
@@ -16,9 +17,11 @@ __all__ = [
     "Exchange",
     "Manifest",
     "clear_leftovers",
+    "copy_companions",
     "find",
     "latest",
     "load",
+    "load_hf",
     "prune",
     "read_manifest",
     "save",

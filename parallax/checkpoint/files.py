@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,18 @@ from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, open_regula
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
-__all__ = ["NAMES", "hash_file", "read_box", "sync_directory", "write_exclusive", "write_shard"]
+__all__ = [
+    "NAMES",
+    "as_bytes",
+    "hash_file",
+    "read_box",
+    "read_part",
+    "shard_header",
+    "sync_directory",
+    "write_exclusive",
+    "write_shard",
+    "write_stream",
+]
 
 NAMES = {
     torch.float64: "F64",
@@ -53,35 +65,48 @@ def write_shard(path: Path, named: Sequence[tuple[str, Tensor]]) -> tuple[int, s
 
     Returns its bytes, its sha256, and each tensor's offset in the file.
     """
-    header: dict[str, object] = {}
+    header, offsets, size = shard_header([(name, NAMES[t.dtype], tuple(t.shape)) for name, t in named])
+    digest = hashlib.sha256()
+
+    def data() -> Iterator[memoryview]:
+        for _, tensor in named:
+            yield as_bytes(tensor)
+
+    write_stream(path, itertools.chain([memoryview(header)], data()), digest.update)
+    return size, digest.hexdigest(), offsets
+
+
+def shard_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int], int]:
+    """The first bytes of a safetensors file of these (name, dtype, shape), each tensor's offset, the file's size."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, at = [], 0
-    for name, tensor in named:
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * DTYPES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         offsets.append(at)
-        at += tensor.nbytes
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    digest = hashlib.sha256()
+    return len(text).to_bytes(8, "little") + text, [start + offset for offset in offsets], start + at
+
+
+def write_stream(
+    path: Path, pieces: Iterable[memoryview], seen: Callable[[memoryview], object] = lambda block: None
+) -> None:
+    """Write a new file of these pieces, one after the other, and fsync it. seen: told of every block."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            _write_all(file.fileno(), piece)
-        for _, tensor in named:
-            data = memoryview(_bytes(tensor))
-            for begin in range(0, len(data), BLOCK_BYTES):  # hashed while it is in the cache
-                digest.update(data[begin : begin + BLOCK_BYTES])
-                _write_all(file.fileno(), data[begin : begin + BLOCK_BYTES])
+        for piece in pieces:
+            for begin in range(0, len(piece), BLOCK_BYTES):
+                seen(piece[begin : begin + BLOCK_BYTES])  # hashed while it is in the cache
+                _write_all(file.fileno(), piece[begin : begin + BLOCK_BYTES])
         os.fsync(file.fileno())
-    return start + at, digest.hexdigest(), [start + offset for offset in offsets]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
@@ -104,14 +129,17 @@ def hash_file(path: Path) -> str:
 
 def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Tensor:
     """The part `wanted` (global coordinates) of a saved box. Only the pages that hold it are read."""
-    path = manifest.path.parent / saved.file
+    cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
+    return read_part(manifest.path.parent / saved.file, saved.offset, saved.shape, dtype, cut)
+
+
+def read_part(path: Path, offset: int, shape: tuple[int, ...], dtype: str, cut: tuple[slice, ...]) -> Tensor:
+    """A part of the row-major tensor at `offset` of a file. Only the pages that hold it are read."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            count = math.prod(saved.shape) * DTYPES[dtype]
-            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=saved.offset, shape=(count,))
+            count = math.prod(shape) * DTYPES[dtype]
+            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(count,))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    whole = flat.view(_NUMPY[dtype]).reshape(saved.shape)
-    cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
-    part = np.array(whole[cut])  # a copy, so that the file can be closed
+    part = np.array(flat.view(_NUMPY[dtype]).reshape(shape)[cut])  # a copy, so that the file can be closed
     return torch.from_numpy(part).view(_TORCH[dtype])

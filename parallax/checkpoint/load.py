@@ -12,7 +12,7 @@ import torch
 from parallax.checkpoint.files import NAMES, hash_file, read_box
 from parallax.checkpoint.manifest import Manifest, overlaps, read_manifest
 from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
-from parallax.errors import CheckpointError, DamagedCheckpoint
+from parallax.errors import CheckpointError, DamagedCheckpoint, ParallaxError
 
 __all__ = ["load"]
 
@@ -28,19 +28,19 @@ def load(path: Path, entries: Sequence[Entry], exchange: Exchange, *, leaves: Se
     JSON. Raises CheckpointError on every rank alike: DamagedCheckpoint where the files are not what was saved.
     """
     manifest: list[Manifest] = []
-    agree(_attempt(lambda: manifest.append(read_manifest(path))), exchange, DamagedCheckpoint)
+    agree(attempt(lambda: manifest.append(read_manifest(path))), exchange, DamagedCheckpoint)
     found = manifest[0]
-    agree(_attempt(lambda: _check_entries(found, entries)), exchange)
-    agree(_attempt(lambda: _check_names(found, exchange.gather_json([*(e.name for e in entries), *leaves]))), exchange)
-    agree(_attempt(lambda: _check_hashes(found, exchange)), exchange, DamagedCheckpoint)
-    agree(_attempt(lambda: _fill(found, entries)), exchange)
+    agree(attempt(lambda: _check_entries(found, entries)), exchange)
+    agree(attempt(lambda: _check_names(found, exchange.gather_json([*(e.name for e in entries), *leaves]))), exchange)
+    agree(attempt(lambda: _check_hashes(found, exchange)), exchange, DamagedCheckpoint)
+    agree(attempt(lambda: _fill(found, entries)), exchange)
     return found.state
 
 
-def _attempt(check: Callable[[], Any]) -> str | None:
+def attempt(check: Callable[[], Any]) -> str | None:
     try:
         check()
-    except CheckpointError as error:
+    except ParallaxError as error:
         return str(error)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"

@@ -13,7 +13,6 @@ any tool can read them, but what parallax believes is the manifest alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any
 
 from parallax.errors import CheckpointError
 from parallax.params import Box
+from parallax.plain_json import parse_json
 
 __all__ = ["DTYPES", "Manifest", "SavedBox", "SavedTensor", "parse_manifest", "read_manifest"]
 
@@ -120,9 +120,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
 
     try:
         body = unseal(text)
-        data = json.loads(
-            body, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite_float
-        )
+        data = parse_json(body)
     except (ValueError, RecursionError) as error:
         raise bad(str(error)) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -138,23 +136,6 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     if odd := [name for name in files if not FILE_NAME.fullmatch(name)]:
         raise bad(f"{odd[0]!r} is no name of a shard")
     return manifest
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _finite_float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is out of range")
-    return value
 
 
 def _mapping(value: Any) -> dict[str, Any]:

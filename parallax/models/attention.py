@@ -1,4 +1,5 @@
-"""Causal self-attention with the heads cut along tensor; grouped key/value heads; rotary positions; keyed dropout."""
+"""Causal self-attention with the heads cut along tensor; grouped key/value heads; norms of queries and keys; rotary
+positions; keyed dropout."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from parallax.mesh import Mesh
 from parallax.models.recompute import recomputed
 from parallax.rng import derive_key
 from parallax.tensor.layers import ColumnParallelLinear, Piece, RowParallelLinear
-from parallax.tensor.norms import keyed_dropout
+from parallax.tensor.norms import RMSNorm, keyed_dropout
 
 if TYPE_CHECKING:
     from parallax.models.transformer import TokenRows
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         self, index: int, config: ModelConfig, mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.index, self.dropout, self.head_dim = index, config.dropout, config.head_dim
+        self.index, self.dropout, self.head_dim = index, config.dropout, config.head_size
         self.num_heads, kv_heads, size = config.heads, config.num_kv_heads, mesh.tensor.size
         self.heads = config.heads // size
         self.kv_heads = max(1, kv_heads // size)
@@ -65,6 +66,10 @@ class Attention(nn.Module):
             device="meta",
             dtype=dtype,
         )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (self._head_norm(config, mesh, dtype) for _ in range(2))
         self.out = RowParallelLinear(
             width,
             config.hidden,
@@ -76,15 +81,25 @@ class Attention(nn.Module):
             dtype=dtype,
         )
 
+    def _head_norm(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> RMSNorm:
+        """A norm whose one weight [K] serves every head. A rank sees its own heads only, and of key heads that
+        several ranks share only its own queries' part of the gradient: so the gradient is a partial sum over tensor,
+        with sequence parallelism and without.
+        """
+        return RMSNorm(
+            self.head_dim, mesh.tensor, sequence_parallel=True, eps=config.norm_eps, device="meta", dtype=dtype
+        )
+
     def forward(self, x: Tensor, rows: TokenRows, rotary: Tensor | None, dropout_seed: int | None) -> Tensor:
         num_samples, length = rows.shape
         h, g = self.heads, self.kv_heads
         qkv = self.qkv(x).view(num_samples, length, h + 2 * g, self.head_dim)
+        qk, v = qkv.split([h + g, g], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :h]), self.k_norm(qk[:, :, h:])], dim=2)
         if rotary is not None:
-            q, k = apply_rotary(qkv[:, :, : h + g], rotary).split([h, g], dim=2)
-            v = qkv[:, :, h + g :]
-        else:
-            q, k, v = qkv.split([h, g, g], dim=2)
+            qk = apply_rotary(qk, rotary)
+        q, k = qk.split([h, g], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.recompute_core and self.training:  # arXiv:2205.05198, section 5: cheap to run, large to keep
             y = recomputed(self._core, q, k, v, rows, dropout_seed)

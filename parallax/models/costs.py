@@ -28,13 +28,14 @@ def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, flo
     A multiply-add is two FLOPs. Attention counts the causal half of the scores: 2*2*D*T/2 a token. A tied head
     has no parameters of its own. Norms, biases and activations are counted as parameters, not as FLOPs.
     """
-    hidden, head_dim = config.hidden, config.head_dim
+    hidden, head_dim = config.hidden, config.head_size
     norm = hidden * (2 if config.norm == "layernorm" and config.bias else 1)
     width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
     num_up = 2 if config.activation == "swiglu" else 1
     products = hidden * (width + 2 * kv_width) + width * hidden + (num_up + 1) * hidden * config.ffn_size
     biases = (width + 2 * kv_width + num_up * config.ffn_size + 2 * hidden) if config.bias else 0
-    layer = (2.0 * products + 2.0 * width * sequence_length, products + biases + 2 * norm)
+    qk_norms = 2 * head_dim if config.qk_norm else 0
+    layer = (2.0 * products + 2.0 * width * sequence_length, products + biases + 2 * norm + qk_norms)
     table = config.vocab * hidden
     positions = sequence_length * hidden if config.positions == "learned" else 0
     head = 0 if config.tie_embeddings else table
@@ -50,15 +51,17 @@ def unit_activations(
 ) -> list[float]:
     """Elements a token that embedding, layers and head keep on a rank from F to B, in this model's layers.
 
-    Each norm keeps its input, each column layer its (gathered) input, attention q, k, v and its output, which is the
-    row layer's input, the MLP what its activation needs and the row layer's input; the head its logits. Dropout masks
-    are recomputed from their keys but their products are kept. A layer that is recomputed keeps its input alone, and
-    attention whose core is, no statistics of it.
+    Each norm keeps its input (those of queries and keys too), each column layer its (gathered) input, attention q, k, v
+    and its output, which is the row layer's input, the MLP what its activation needs and the row layer's input; the
+    head its logits. Dropout masks are recomputed from their keys but their products are kept. A layer that is
+    recomputed keeps its input alone, and attention whose core is, no statistics of it.
     """
-    hidden, head_dim = config.hidden, config.head_dim
+    hidden, head_dim = config.hidden, config.head_size
     width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
     norm_inputs = 2 * hidden / (tensor if sequence_parallel else 1)
     cut = 2 * width + 2 * kv_width + config.heads + (4 if config.activation == "swiglu" else 2) * config.ffn_size
+    if config.qk_norm:
+        cut += width + kv_width
     layer = norm_inputs + 2 * hidden + cut / tensor
     if config.dropout:
         layer += 2 * hidden / (tensor if sequence_parallel else 1)

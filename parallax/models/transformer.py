@@ -288,5 +288,5 @@ class Transformer(nn.Module):
         if self.config.positions != "rotary":
             return None
         if self._rotary is None or self._rotary.shape[0] != length:
-            self._rotary = rotary_table(length, self.config.head_dim, self.config.rope_theta, device, self.dtype)
+            self._rotary = rotary_table(length, self.config.head_size, self.config.rope_theta, device, self.dtype)
         return self._rotary

@@ -173,6 +173,7 @@ def test_flops_are_the_matrix_products():
         ("gpt2-tied", "none"),
         ("llama", "none"),
         ("llama-padded", "none"),
+        ("qwen3", "none"),
         ("gpt2-dropout", "none"),
         ("llama", "full"),
         ("gpt2-dropout", "full"),

@@ -166,7 +166,7 @@ def test_check_reports_wrong_types_of_configs_built_in_python():
 
 def test_model_sizes_follow_from_the_activation_and_the_heads():
     model = ModelConfig()
-    assert (model.num_kv_heads, model.ffn_size, model.head_dim) == (8, 384, 16)
+    assert (model.num_kv_heads, model.ffn_size, model.head_size) == (8, 384, 16)
     assert ModelConfig(activation="gelu").ffn_size == 512
     assert ModelConfig(hidden=4096).ffn_size == 10944 and ModelConfig(hidden=192).ffn_size == 512
     assert ModelConfig(ffn=100, kv_heads=2).ffn_size == 100 and ModelConfig(kv_heads=2).num_kv_heads == 2
@@ -260,3 +260,11 @@ def test_the_decay_of_wsd_has_a_start():
         load(["optimizer.decay_start=60"])
     with pytest.raises(ConfigError, match="after the decay's end at step 100"):
         load(["optimizer.schedule=wsd", "optimizer.decay_start=160", "steps=100"])
+
+
+def test_a_head_may_be_of_any_even_size():
+    assert load(["model.hidden=50", "model.heads=4", "model.head_dim=16"]).model.head_size == 16
+    with pytest.raises(ConfigError, match="model.head_dim=15 is odd; set it to 16, or model.positions=learned"):
+        load(["model.head_dim=15"])
+    with pytest.raises(ConfigError, match="model.heads to one of 1, 2, 5, 10, 25, 50, or model.head_dim"):
+        load(["model.hidden=50"])

@@ -46,6 +46,18 @@ def test_any_mesh_trains_as_one_rank(ranks, mesh: str):
     assert max(differences.values()) <= BOUND, differences
 
 
+@pytest.mark.parametrize(("mesh", "changes"), [("1x2x2", {}), ("1x4x1", {}), ("2x2x1", {"data.zero": 3})])
+def test_norms_of_queries_and_keys_know_no_mesh(ranks, mesh: str, changes: dict[str, Any]):
+    """Each rank has its own heads' part of their gradient; at tensor=4 two ranks share a key head."""
+    size = math.prod(map(int, mesh.split("x")))
+    small = {"model.layers": 2, "batch.global_size": 8, "model.heads": 12, "model.kv_heads": 2}
+    variants = {name: VARIANTS[name] | small for name in ("qwen3", "qwen3-tied-sp")}
+    alone = train_all("1x1x1", variants, 2)
+    rows = ranks(size, train_all, mesh, {name: kind | changes for name, kind in variants.items()}, 2)[0]
+    differences = {name: worst(rows[name], alone[name]) for name in variants}
+    assert max(differences.values()) <= BOUND, differences
+
+
 @pytest.mark.parametrize("split", ["3,1,3", "0,7,0", "5,1,1"])
 def test_an_explicit_split_changes_nothing(ranks, split: str):
     variants = {name: VARIANTS[name] for name in ("gpt2-tied", "llama")}
