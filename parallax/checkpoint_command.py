@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallax.checkpoint.place import Place, place
 from parallax.errors import CheckpointError, ConfigError
 
 __all__ = ["USAGE", "run_checkpoint"]
@@ -21,7 +23,6 @@ USAGE = """parallax checkpoint COMMAND ...
   prune RUN keep=K [keep_every=N]   delete all but the newest K and multiples of N
   export CHECKPOINT --to hf OUT     a Hugging Face model directory; export --help tells the options
 All but export take --json. Exit code: 0, 1 where something is damaged or differs, 2 for a mistake in the command."""
-BLOCK_ELEMENTS = 1 << 22
 
 
 def run_checkpoint(argv: Sequence[str]) -> int:
@@ -48,18 +49,23 @@ def run_checkpoint(argv: Sequence[str]) -> int:
     return code
 
 
-def _one(words: Sequence[str], what: str) -> Path:
+def _one(words: Sequence[str], what: str) -> Place:
     if len(words) != 1:
         raise ConfigError(f"expected one {what}, got {len(words)}\nusage: {USAGE}")
-    return Path(words[0])
+    return place(words[0])
 
 
-def _checkpoints(run: Path) -> Path:
+def _checkpoints(run: Place) -> Place:
     """The directory that holds the checkpoints: RUN/checkpoints, or RUN itself."""
-    found = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    if not found.is_dir():
-        raise CheckpointError(f"{run} is no directory; give a run's output, such as runs/001")
-    return found
+    from parallax.checkpoint.store import store_of
+
+    for found in (run / "checkpoints", run):
+        try:
+            store_of(found).sizes(found)
+            return found
+        except OSError:
+            continue
+    raise CheckpointError(f"{run} is no directory; give a run's output, such as runs/001")
 
 
 def _ls(words: Sequence[str]) -> tuple[Any, list[str], int]:
@@ -114,10 +120,10 @@ def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
     for word in words:
         problems: list[str] = []
         try:
-            manifest = checkpoint.read_manifest(Path(word))
+            manifest = checkpoint.read_manifest(place(word))
             for name, (_, sha256) in sorted(manifest.files.items()):
-                if hash_file(Path(word) / name) != sha256:
-                    problems.append(f"{Path(word) / name} was altered: its sha256 is not the manifest's")
+                if hash_file(place(word) / name) != sha256:
+                    problems.append(f"{place(word) / name} was altered: its sha256 is not the manifest's")
         except CheckpointError as error:
             problems.append(str(error))
         except OSError as error:
@@ -127,41 +133,25 @@ def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
     return rows, lines, int(any(row["problems"] for row in rows))
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Boxes of some rows of a tensor that together are all of it."""
-    if not shape:
-        yield ()
-        return
-    rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
-    rest = [(0, size) for size in shape[1:]]
-    for start in range(0, shape[0], rows):
-        yield ((start, min(start + rows, shape[0])), *rest)
-
-
 def _read(manifest: Any, name: str, box: tuple[tuple[int, int], ...]) -> Any:
     """A box of a saved tensor, in float64, or int64 where it holds integers."""
     import torch
 
-    from parallax.checkpoint.files import read_box
-    from parallax.checkpoint.manifest import overlaps
+    from parallax.checkpoint.files import read_global
 
-    saved = manifest.tensors[name]
-    wide = torch.int64 if saved.dtype[0] in "IU" else torch.float64
-    out = torch.empty([stop - start for start, stop in box], dtype=wide)
-    for part, shared in overlaps(saved, box):
-        cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, box, strict=True))
-        out[cut] = read_box(manifest, part, saved.dtype, shared).to(wide)
-    return out
+    values = read_global(manifest, name, box)
+    return values.to(torch.float64 if values.is_floating_point() else torch.int64)
 
 
 def _diff(words: Sequence[str]) -> tuple[Any, list[str], int]:
     import torch
 
     from parallax import checkpoint
+    from parallax.checkpoint.files import row_blocks
 
     if len(words) != 2:
         raise ConfigError(f"diff takes two checkpoints, got {len(words)}\nusage: {USAGE}")
-    left, right = (checkpoint.read_manifest(Path(word)) for word in words)
+    left, right = (checkpoint.read_manifest(place(word)) for word in words)
     data: dict[str, Any] = {"only": {}, "different": {}}
     for name in sorted(set(left.tensors) | set(right.tensors)):
         if name not in left.tensors or name not in right.tensors:
@@ -173,7 +163,7 @@ def _diff(words: Sequence[str]) -> tuple[Any, list[str], int]:
             continue
         most = largest = 0.0
         count = 0
-        for box in _blocks(a.global_shape):
+        for box, _ in row_blocks(tuple((0, size) for size in a.global_shape)):
             x, y = _read(left, name, box), _read(right, name, box)
             unequal = (x != y) & ~(torch.isnan(x) & torch.isnan(y))
             count += int(unequal.sum())
@@ -201,7 +191,8 @@ def _prune(words: Sequence[str]) -> tuple[Any, list[str], int]:
     if unknown or not all(text.isdecimal() for text in numbers.values()) or int(numbers.get("keep", "0")) < 1:
         raise ConfigError(f"prune takes a run, keep=K of at least 1, and keep_every=N\nusage: {USAGE}")
     directory = _checkpoints(_one([word for word in words if "=" not in word], "run"))
-    lock = checkpoint.DirectoryLock(directory)  # no run may be writing there
-    gone = checkpoint.prune(directory, int(numbers["keep"]), int(numbers.get("keep_every", "0")))
-    lock.release()
+    # No run may be writing there.
+    lock = checkpoint.DirectoryLock(directory) if isinstance(directory, Path) else contextlib.nullcontext()
+    with lock:
+        gone = checkpoint.prune(directory, int(numbers["keep"]), int(numbers.get("keep_every", "0")))
     return [str(path) for path in gone], [f"deleted {path}" for path in gone] or ["nothing to delete"], 0

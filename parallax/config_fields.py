@@ -201,6 +201,7 @@ class CheckpointConfig:
     every: int = key(100, "steps between checkpoints; 0 = never, not even at the end", least=0)
     keep: int = key(2, "newest checkpoints to keep; 0 = all", least=0)
     background: bool = key(False, "save beside the training, which waits for a copy in the host's memory alone")
+    directory: str | None = key(None, "where they go: a path, or a URL as s3://bucket/run; none = OUTPUT/checkpoints")
     keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept too; 0 = none", least=0)
 
 

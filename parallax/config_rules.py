@@ -242,8 +242,11 @@ def _recompute(config: Config) -> str | None:
 
 
 def _resume(config: Config) -> str | None:
-    if config.resume == "auto" and config.output == "auto":
-        return "resume=auto looks in output, but output=auto is a new directory each time; set output=DIRECTORY"
+    if config.resume == "auto" and config.output == "auto" and config.checkpoint.directory is None:
+        return (
+            "resume=auto looks in output, but output=auto is a new directory each time; set output=DIRECTORY or "
+            "checkpoint.directory"
+        )
     return None
 
 
@@ -331,7 +334,7 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ),
     ("mesh data.zero data.reduction data.compression precision.reduce_dtype", _reduction),
     ("recompute", _recompute),
-    ("resume output", _resume),
+    ("resume output checkpoint.directory", _resume),
     ("on_nan dtype checkpoint.every", _on_nan),
     (
         "dtype mesh model.hidden model.ffn model.heads model.activation corpus.sequence_length "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 
@@ -14,6 +15,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this rank has held: CUDA's allocator, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Not ru_maxrss where it can be helped: on Linux that begins with what the parent held before the exec.
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from parallax import checkpoint
 from parallax.assemble import Run
-from parallax.checkpoint import Entry
+from parallax.checkpoint import Entry, Place
 from parallax.comm import gather_json
 from parallax.config import Config
 from parallax.config_io import to_dict, to_yaml
@@ -40,10 +40,13 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
     if mesh.rank == 0:
         try:
             directory = _next_run(Path("runs")) if config.output == "auto" else Path(config.output)
-            if config.resume == "none" and checkpoint.latest(directory / "checkpoints"):
-                found = checkpoint.latest(directory / "checkpoints")
+            found = checkpoint.latest(checkpoints_of(config, directory)) if config.resume == "none" else None
+            if found is not None:
                 raise ConfigError(
                     f"output={directory} already holds {found}; resume=auto goes on from it, another output starts anew"
+                    if config.checkpoint.directory is None
+                    else f"checkpoint.directory={config.checkpoint.directory} already holds {found}; resume=auto goes "
+                    "on from it, another directory starts anew"
                 )
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "config.yaml").write_text(to_yaml(config))
@@ -59,6 +62,12 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
     if "error" in answer:
         raise ConfigError(answer["error"])
     return Path(answer["output"])
+
+
+def checkpoints_of(config: Config, output: Path) -> Place:
+    """Where a run's checkpoints are."""
+    wish = config.checkpoint.directory
+    return output / "checkpoints" if wish is None else checkpoint.place(wish)
 
 
 def _next_run(runs: Path) -> Path:
@@ -96,10 +105,10 @@ class _Exchange:
 
 
 class Checkpoints:
-    """Saves a run into OUTPUT/checkpoints/step-N and brings it back, on this mesh or another."""
+    """Saves a run into OUTPUT/checkpoints or checkpoint.directory and brings it back, on this mesh or another."""
 
     def __init__(self, run: Run, output: Path) -> None:
-        self.run, self.directory = run, output / "checkpoints"
+        self.run, self.output, self.directory = run, output, checkpoints_of(run.config, output)
         self._exchange = _Exchange(run.mesh)
         self._rollbacks: Counter[str] = Counter()
         self.lock: checkpoint.DirectoryLock | None = None
@@ -111,7 +120,10 @@ class Checkpoints:
         problem = None
         if self.run.mesh.rank == 0 and self.lock is None:
             try:
-                self.lock = checkpoint.DirectoryLock(self.directory)
+                # Other stores have no locks: there the output directory's keeps this machine's runs apart.
+                self.lock = checkpoint.DirectoryLock(
+                    self.directory if isinstance(self.directory, Path) else self.output
+                )
                 checkpoint.clear_leftovers(self.directory)
             except (CheckpointError, OSError) as error:
                 problem = str(error)
@@ -165,10 +177,12 @@ class Checkpoints:
     def how_to_go_on(self) -> str:
         """For the last line of a run that ends early."""
         if self.run.config.checkpoint.every:
-            return f"go on with output={self.directory.parent} resume=auto"
+            elsewhere = self.run.config.checkpoint.directory
+            where = f" checkpoint.directory={elsewhere}" if elsewhere else ""
+            return f"go on with output={self.output}{where} resume=auto"
         return "nothing was saved, as checkpoint.every=0 says"
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, state: TrainState) -> Place:
         """Write every rank's boxes; returns the new directory. Raises CheckpointError, on every rank alike."""
         return checkpoint.save(**self._what_to_save(state))
 
@@ -199,14 +213,14 @@ class Checkpoints:
         if wish == "none":
             return ""
         if wish != "auto":
-            self._load(Path(wish), state)
+            self._load(checkpoint.place(wish), state)
             return f"resumed from {wish} at step {state.step} of {self.run.config.steps}"
         # Rank 0 looks, so that all ranks take the same ones even while another run prunes.
         found = [str(path) for path in reversed(checkpoint.find(self.directory))]
         said: list[str] = []
         for name in self._exchange.gather_json(found)[0]:
             try:
-                self._load(Path(name), state)
+                self._load(checkpoint.place(name), state)
             except DamagedCheckpoint as error:
                 said.append(f"WARNING: passed over: {error}")
                 continue
@@ -235,11 +249,11 @@ class Checkpoints:
                 f"{MOST_ROLLBACKS} times already; look at what the log says of the first, or lower optimizer.lr"
             )
         gone, batches = state.step, state.batches
-        self._load(Path(path), state)
+        self._load(checkpoint.place(path), state)
         state.batches = batches
         return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
 
-    def _load(self, path: Path, state: TrainState) -> None:
+    def _load(self, path: Place, state: TrainState) -> None:
         manifest = self._read(path)
         saved = manifest.state
         self._check_same(path, saved)
@@ -269,7 +283,7 @@ class Checkpoints:
         state.optimizer.publish()
         self.run.sync.publish()
 
-    def _read(self, path: Path) -> checkpoint.Manifest:
+    def _read(self, path: Place) -> checkpoint.Manifest:
         """Every rank reads it for itself, and all or none go on."""
         found, error = None, None
         try:
@@ -281,7 +295,7 @@ class Checkpoints:
             raise DamagedCheckpoint(errors[0])
         return found
 
-    def _check_same(self, path: Path, saved: Any) -> None:
+    def _check_same(self, path: Place, saved: Any) -> None:
         now: dict[str, Any] = to_dict(self.run.config)
         now["batch"]["global_size"] = self.run.batch.global_size
         different = []

@@ -41,7 +41,14 @@ def run_verify_resume(argv: Sequence[str]) -> int:
         saved = f"{folder}/first/checkpoints/step-{num:08d}"
 
         def run(index: int, name: str, count: int, *more: str) -> list[Row]:
-            arguments = [str(count), *rest, f"mesh={meshes[index]}", f"output={folder}/{name}", *more]
+            arguments = [
+                str(count),
+                *rest,
+                f"mesh={meshes[index]}",
+                f"output={folder}/{name}",
+                *more,
+                "checkpoint.directory=none",
+            ]
             return run_ranks(configs[index].mesh_shape, arguments, "parallax.verify_resume")
 
         straight = run(0, "straight", 2 * num)

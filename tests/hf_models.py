@@ -122,7 +122,8 @@ def local_logits(run: Run) -> dict[str, Any]:
     """This rank's part of the logits of `tokens`, on the last stage: [its samples * T, its rows of the vocabulary]."""
     found: list[torch.Tensor] = []
     heads = [stage.head for stage in run.stages.values() if getattr(stage, "head", None) is not None]
-    hooks = [head.register_forward_hook(lambda module, args, out: found.append(out.detach().clone())) for head in heads]
+    # The head gives the loss; without targets it gives the logits.
+    hooks = [head.register_forward_hook(lambda head, args, loss: found.append(head.forward(args[0]))) for head in heads]
     data = run.mesh.data
     each = SAMPLES // data.size
     mine = slice(data.rank * each, (data.rank + 1) * each)

@@ -8,7 +8,9 @@ from parallax.checkpoint.hf_import import copy_companions, load_hf
 from parallax.checkpoint.load import load
 from parallax.checkpoint.lock import DirectoryLock
 from parallax.checkpoint.manifest import Manifest, read_manifest
-from parallax.checkpoint.save import Entry, Exchange, clear_leftovers, find, latest, prune, save, step_of
+from parallax.checkpoint.place import Place, place
+from parallax.checkpoint.save import Entry, Exchange, find, latest, prune, save, step_of
+from parallax.checkpoint.store import clear_leftovers
 
 __all__ = [
     "BackgroundSave",
@@ -16,12 +18,14 @@ __all__ = [
     "Entry",
     "Exchange",
     "Manifest",
+    "Place",
     "clear_leftovers",
     "copy_companions",
     "find",
     "latest",
     "load",
     "load_hf",
+    "place",
     "prune",
     "read_manifest",
     "save",

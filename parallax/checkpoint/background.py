@@ -12,16 +12,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from parallax.checkpoint.files import write_exclusive
-from parallax.checkpoint.manifest import open_regular
+from parallax.checkpoint.place import Place
 from parallax.checkpoint.save import Begun, Entry, Exchange, begin, prune
+from parallax.checkpoint.store import store_of
 
 __all__ = ["BackgroundSave"]
 
 POLL_S = 0.02
+MAX_RECORD_BYTES = 1 << 28
 RECORD = "record-{:05d}.json"
 
 
@@ -34,7 +34,7 @@ class BackgroundSave:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Place,
         step: int,
         entries: Sequence[Entry],
         state: Mapping[str, Any],
@@ -65,7 +65,7 @@ class BackgroundSave:
             copies.clear()
             self.error = record["error"]
             text = json.dumps(record).encode()
-            write_exclusive(self._begun.temporary / RECORD.format(self._begun.rank), [text])
+            store_of(self.target).write(self._begun.temporary / RECORD.format(self._begun.rank), [text])
             if self._begun.rank == 0:
                 self._close()
         except Exception as problem:  # noqa: BLE001 - a thread's error is told by the main thread
@@ -81,20 +81,19 @@ class BackgroundSave:
         if self.error is not None:
             return
         for path in paths:
-            path.unlink()
+            store_of(path).delete(path)
         self.error = self._begun.finish(records)
         if self.error is None and self._keep:
             prune(self.target.parent, self._keep, self._keep_every, self.target)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Place) -> dict[str, Any]:
         """A rank's record, once it is whole."""
+        store = store_of(path)
         while True:
             try:
-                with open(open_regular(path), "rb") as file:
-                    return json.loads(file.read())
+                return json.loads(store.read(path, MAX_RECORD_BYTES))
             except FileNotFoundError:
-                if not self._begun.temporary.is_dir():
-                    raise
+                store.sizes(self._begun.temporary)  # raises where the directory is gone as well
             except ValueError:
                 pass  # it is being written
             time.sleep(POLL_S)

@@ -6,15 +6,15 @@ import hashlib
 import itertools
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, open_regular
+from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, overlaps
+from parallax.checkpoint.place import Place
+from parallax.checkpoint.store import store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
@@ -23,12 +23,11 @@ __all__ = [
     "as_bytes",
     "hash_file",
     "read_box",
+    "read_global",
     "read_part",
+    "row_blocks",
     "shard_header",
-    "sync_directory",
-    "write_exclusive",
     "write_shard",
-    "write_stream",
 ]
 
 NAMES = {
@@ -42,25 +41,11 @@ NAMES = {
 }
 _NUMPY = {"F64": "<f8", "F32": "<f4", "BF16": "<i2", "F16": "<i2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 _TORCH = {name: dtype for dtype, name in NAMES.items()}
-BLOCK_BYTES = 1 << 22
+BLOCK_ELEMENTS = 1 << 22
+"""What lies in memory twice while it is read or written."""
 
 
-def write_exclusive(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a new file and fsync it. It must not exist, and no link is followed."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        for piece in pieces:
-            _write_all(file.fileno(), piece)
-        os.fsync(file.fileno())
-
-
-def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
-    rest = memoryview(piece)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def write_shard(path: Path, named: Sequence[tuple[str, Tensor]]) -> tuple[int, str, list[int]]:
+def write_shard(path: Place, named: Sequence[tuple[str, Tensor]]) -> tuple[int, str, list[int]]:
     """Write tensors as one safetensors file, a tensor at a time: the extra memory is one tensor.
 
     Returns its bytes, its sha256, and each tensor's offset in the file.
@@ -72,7 +57,7 @@ def write_shard(path: Path, named: Sequence[tuple[str, Tensor]]) -> tuple[int, s
         for _, tensor in named:
             yield as_bytes(tensor)
 
-    write_stream(path, itertools.chain([memoryview(header)], data()), digest.update)
+    store_of(path).write(path, itertools.chain([memoryview(header)], data()), digest.update)
     return size, digest.hexdigest(), offsets
 
 
@@ -93,53 +78,54 @@ def shard_header(
     return len(text).to_bytes(8, "little") + text, [start + offset for offset in offsets], start + at
 
 
-def write_stream(
-    path: Path, pieces: Iterable[memoryview], seen: Callable[[memoryview], object] = lambda block: None
-) -> None:
-    """Write a new file of these pieces, one after the other, and fsync it. seen: told of every block."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        for piece in pieces:
-            for begin in range(0, len(piece), BLOCK_BYTES):
-                seen(piece[begin : begin + BLOCK_BYTES])  # hashed while it is in the cache
-                _write_all(file.fileno(), piece[begin : begin + BLOCK_BYTES])
-        os.fsync(file.fileno())
-
-
 def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def sync_directory(path: Path) -> None:
-    """fsync a directory, so that the names in it survive a crash."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
+def hash_file(path: Place) -> str:
     digest = hashlib.sha256()
-    with os.fdopen(open_regular(path), "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    for block in store_of(path).blocks(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
 def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Tensor:
-    """The part `wanted` (global coordinates) of a saved box. Only the pages that hold it are read."""
+    """The part `wanted` (global coordinates) of a saved box."""
     cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
     return read_part(manifest.path.parent / saved.file, saved.offset, saved.shape, dtype, cut)
 
 
-def read_part(path: Path, offset: int, shape: tuple[int, ...], dtype: str, cut: tuple[slice, ...]) -> Tensor:
+def read_part(path: Place, offset: int, shape: tuple[int, ...], dtype: str, cut: tuple[slice, ...]) -> Tensor:
     """A part of the row-major tensor at `offset` of a file. Only the pages that hold it are read."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            count = math.prod(shape) * DTYPES[dtype]
-            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(count,))
+        part = store_of(path).read_part(path, offset, shape, np.dtype(_NUMPY[dtype]), cut)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    part = np.array(flat.view(_NUMPY[dtype]).reshape(shape)[cut])  # a copy, so that the file can be closed
     return torch.from_numpy(part).view(_TORCH[dtype])
+
+
+def read_global(manifest: Manifest, name: str, wanted: Box) -> Tensor:
+    """One box of a saved tensor, from whatever boxes the checkpoint has it in."""
+    saved = manifest.tensors[name]
+    out = torch.empty([stop - start for start, stop in wanted], dtype=_TORCH[saved.dtype])
+    filled = 0
+    for part, shared in overlaps(saved, wanted):
+        cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, wanted, strict=True))
+        values = read_box(manifest, part, saved.dtype, shared)
+        out[cut] = values
+        filled += values.numel()
+    if filled != out.numel():  # the manifest's boxes tile the tensor, so this cannot be
+        raise CheckpointError(f"{manifest.path}: {name} is not covered")
+    return out
+
+
+def row_blocks(box: Box) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+    """A box in runs of rows of at most BLOCK_ELEMENTS where a row has no more, each with its place in the box."""
+    if not box:
+        yield box, ()
+        return
+    (start, stop), *rest = box
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(b - a for a, b in rest)))
+    for begin in range(start, stop, step):
+        end = min(begin + step, stop)
+        yield ((begin, end), *rest), (slice(begin - start, end - start),)

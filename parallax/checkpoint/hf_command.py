@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallax.checkpoint.hf_export import export_hf
+from parallax.checkpoint.place import place
 from parallax.config_hf import FAMILIES
 from parallax.errors import ConfigError
 
@@ -37,7 +38,7 @@ def run_export(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max-shard-bytes {size} is no number of bytes; write digits, as in 5000000000")
     tokenizer = options.get("--tokenizer")
     done = export_hf(
-        Path(rest[0]),
+        place(rest[0]),
         Path(rest[1]),
         family=options.get("--family"),
         dtype=options.get("--dtype"),

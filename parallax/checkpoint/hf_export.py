@@ -19,16 +19,15 @@ from parallax.checkpoint.files import (
     NAMES,
     as_bytes,
     hash_file,
-    read_box,
+    read_global,
     shard_header,
-    sync_directory,
-    write_exclusive,
-    write_stream,
 )
 from parallax.checkpoint.hf_files import INDEX, SINGLE
 from parallax.checkpoint.hf_import import COMPANIONS, PREFIX, copy_companions
 from parallax.checkpoint.hf_names import HfTensor, hf_tensors
-from parallax.checkpoint.manifest import DTYPES, Manifest, overlaps, read_manifest
+from parallax.checkpoint.manifest import DTYPES, Manifest, read_manifest
+from parallax.checkpoint.place import Place
+from parallax.checkpoint.store import LocalStore, sync_directory
 from parallax.config import Config, check, keys
 from parallax.config_hf import family_of, make_hf_config, read_hf_config
 from parallax.config_io import from_dict
@@ -55,7 +54,7 @@ class Export:
 
 
 def export_hf(
-    checkpoint: Path,
+    checkpoint: Place,
     out: Path,
     *,
     family: str | None = None,
@@ -72,11 +71,11 @@ def export_hf(
     """
     manifest = read_manifest(checkpoint)
     config = _config(manifest)
-    begun = manifest.path.resolve().parent.parent.parent / "hf"  # where init_from has put them
-    origin = read_hf_config(begun) if (begun / "config.json").is_file() else None
+    begun = _begun(manifest)
+    origin = read_hf_config(begun) if begun is not None and (begun / "config.json").is_file() else None
     known = companions or begun
-    if companions is not None and not known.is_dir():
-        raise CheckpointError(f"{known} is no directory; give one with tokenizer files, or leave it out")
+    if companions is not None and not companions.is_dir():
+        raise CheckpointError(f"{companions} is no directory; give one with tokenizer files, or leave it out")
     if family is None:
         family = _family(config, origin)
     dtype = dtype or config.dtype
@@ -93,9 +92,9 @@ def export_hf(
     try:
         files = _write(manifest, temporary, shards, TORCH[dtype])
         copied = []
-        if known.is_dir():
+        if known is not None and known.is_dir():
             copied = copy_companions(known, temporary, [name for name in COMPANIONS if name != "config.json"])
-        write_exclusive(temporary / "config.json", [json.dumps(hf, indent=2, sort_keys=True).encode() + b"\n"])
+        LocalStore().write(temporary / "config.json", [json.dumps(hf, indent=2, sort_keys=True).encode() + b"\n"])
         sync_directory(temporary)
         os.rename(temporary, out)  # onto an empty directory too, onto no other
         sync_directory(out.absolute().parent)
@@ -105,6 +104,11 @@ def export_hf(
         shutil.rmtree(temporary, ignore_errors=True)
     num_bytes = sum(math.prod(t.shape) for t in tensors) * DTYPES[NAMES[TORCH[dtype]]]
     return Export(out, family, dtype, len(tensors), num_bytes, files, copied)
+
+
+def _begun(manifest: Manifest) -> Path | None:
+    """Where init_from has put the tokenizer, OUTPUT/hf, for a checkpoint in OUTPUT/checkpoints."""
+    return manifest.path.resolve().parent.parent.parent / "hf" if isinstance(manifest.path, Path) else None
 
 
 def _config(manifest: Manifest) -> Config:
@@ -191,12 +195,12 @@ def _write(manifest: Manifest, folder: Path, shards: Sequence[Sequence[HfTensor]
     kind = NAMES[dtype]
     for name, tensors in zip(names, shards, strict=True):
         header, _, _ = shard_header([(t.name, kind, t.shape) for t in tensors], {"format": "pt"})
-        write_stream(folder / name, _stream(header, manifest, tensors, dtype))
+        LocalStore().write(folder / name, _stream(header, manifest, tensors, dtype))
     if total > 1:
         placed = {t.name: name for name, tensors in zip(names, shards, strict=True) for t in tensors}
         size = sum(math.prod(t.shape) for tensors in shards for t in tensors) * DTYPES[kind]
         index = {"metadata": {"total_size": size}, "weight_map": placed}
-        write_exclusive(folder / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
+        LocalStore().write(folder / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
     return names
 
 
@@ -214,28 +218,14 @@ def _blocks(manifest: Manifest, tensor: HfTensor) -> Iterator[Tensor]:
     for start in range(0, rows if tensor.parts else 0, step):
         stop = min(start + step, rows)
         if len(tensor.shape) == 1:  # several biases side by side: of them a run is all
-            whole = torch.cat([_read(manifest, name, ((0, rows // len(tensor.parts)),)) for name in tensor.parts])
+            whole = torch.cat(
+                [read_global(manifest, PREFIX + name, ((0, rows // len(tensor.parts)),)) for name in tensor.parts]
+            )
             yield whole[start:stop]
             continue
         width = rest[0] // len(tensor.parts)
         box: Box = ((0, width), (start, stop)) if tensor.transposed else ((start, stop), (0, width))
-        read = [_read(manifest, name, box) for name in tensor.parts]
+        read = [read_global(manifest, PREFIX + name, box) for name in tensor.parts]
         yield torch.cat([part.t() if tensor.transposed else part for part in read], dim=1)
     if not tensor.parts:  # no parameter of ours: a bias that adds nothing
         yield torch.zeros(tensor.shape)
-
-
-def _read(manifest: Manifest, name: str, box: Box) -> Tensor:
-    """One box of a parameter, from whatever boxes the checkpoint has."""
-    saved = manifest.tensors[PREFIX + name]
-    out: Tensor | None = None
-    filled = 0
-    for part, shared in overlaps(saved, box):
-        values = read_box(manifest, part, saved.dtype, shared)
-        if out is None:
-            out = torch.empty([b - a for a, b in box], dtype=values.dtype)
-        out[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, box, strict=True))] = values
-        filled += values.numel()
-    if out is None or filled != out.numel():  # the manifest's boxes tile the tensor, so this cannot be
-        raise CheckpointError(f"{manifest.path}: {name} is not covered")
-    return out

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallax.checkpoint.manifest import DTYPES, MAX_DIMS, open_regular
+from parallax.checkpoint.manifest import DTYPES, MAX_DIMS
+from parallax.checkpoint.store import open_regular
 from parallax.errors import CheckpointError
 from parallax.plain_json import parse_json
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from parallax.checkpoint.files import read_part
+from parallax.checkpoint.files import read_part, row_blocks
 from parallax.checkpoint.hf_files import StoredTensor, read_hf_headers
 from parallax.checkpoint.hf_names import IGNORED, TIED_HEAD, HfTensor, Part, hf_tensors, parts_of
 from parallax.checkpoint.load import attempt
-from parallax.checkpoint.manifest import open_regular
 from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
+from parallax.checkpoint.store import open_regular
 from parallax.config import Config
 from parallax.config_hf import disagreements, read_hf_config
 from parallax.errors import CheckpointError, ConfigError
@@ -25,7 +25,6 @@ from parallax.params import Box
 __all__ = ["COMPANIONS", "copy_companions", "load_hf"]
 
 PREFIX = "parameters/"
-BLOCK_ELEMENTS = 1 << 24
 FLOATS = ("F64", "F32", "BF16", "F16")
 COMPANIONS = (
     "config.json",
@@ -130,7 +129,7 @@ def _fill(
         name = entry.name.removeprefix(PREFIX)
         part = parts[name]
         twin = stored.get(TIED_HEAD) if name == "embedding.token.weight" and "head.weight" not in parts else None
-        for block, rows in _blocks(entry.box):
+        for block, rows in row_blocks(entry.box):
             values = _values(stored[part.tensor.name], part, block)
             if twin is not None and not values.equal(_values(twin, part, block)):
                 raise CheckpointError(
@@ -143,18 +142,6 @@ def _fill(
 def _values(stored: StoredTensor, part: Part, box: Box) -> Tensor:
     values = read_part(stored.path, stored.offset, stored.shape, stored.dtype, part.cut(box))
     return values.t() if part.tensor.transposed else values
-
-
-def _blocks(box: Box) -> Iterator[tuple[Box, slice]]:
-    """A box in runs of rows of at most BLOCK_ELEMENTS, each with its rows of the box."""
-    (start, stop), *rest = box
-    row = 1
-    for a, b in rest:
-        row *= b - a
-    step = max(1, BLOCK_ELEMENTS // row)
-    for begin in range(start, stop, step):
-        end = min(begin + step, stop)
-        yield ((begin, end), *rest), slice(begin - start, end - start)
 
 
 def copy_companions(source: Path, target: Path, names: Sequence[str] = COMPANIONS) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from parallax.checkpoint.files import NAMES, hash_file, read_box
+from parallax.checkpoint.files import NAMES, hash_file, read_box, row_blocks
 from parallax.checkpoint.manifest import Manifest, overlaps, read_manifest
+from parallax.checkpoint.place import Place
 from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
 from parallax.errors import CheckpointError, DamagedCheckpoint, ParallaxError
 
@@ -18,7 +17,7 @@ __all__ = ["load"]
 
 
 @torch.no_grad()
-def load(path: Path, entries: Sequence[Entry], exchange: Exchange, *, leaves: Sequence[str] = ()) -> Mapping[str, Any]:
+def load(path: Place, entries: Sequence[Entry], exchange: Exchange, *, leaves: Sequence[str] = ()) -> Mapping[str, Any]:
     """Fill every entry from a checkpoint; returns the state that was saved with it.
 
     Every tensor in it must be wanted by some rank's entries, or be named in some rank's `leaves`.
@@ -87,7 +86,9 @@ def _fill(manifest: Manifest, entries: Sequence[Entry]) -> None:
         filled = 0
         for box, shared in overlaps(saved, entry.box):
             cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, entry.box, strict=True))
-            entry.tensor[cut].copy_(read_box(manifest, box, saved.dtype, shared))
-            filled += math.prod(b - a for a, b in shared)
+            target = entry.tensor[cut]
+            for block, rows in row_blocks(shared):  # so that what is read lies twice in memory as one block alone
+                target[rows].copy_(read_box(manifest, box, saved.dtype, block))
+            filled += target.numel()
         if filled != entry.tensor.numel():  # the manifest's boxes tile the tensor, so this cannot be
             raise CheckpointError(f"{manifest.path}: {entry.name} is not covered")

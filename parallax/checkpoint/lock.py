@@ -44,6 +44,12 @@ class DirectoryLock:
         if descriptor is not None:
             os.close(descriptor)
 
+    def __enter__(self) -> DirectoryLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def __del__(self) -> None:
         self.release()
 

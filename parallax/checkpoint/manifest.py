@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from parallax.checkpoint.place import Place
+from parallax.checkpoint.store import MANIFEST, store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
 from parallax.plain_json import parse_json
@@ -29,7 +28,6 @@ from parallax.plain_json import parse_json
 __all__ = ["DTYPES", "Manifest", "SavedBox", "SavedTensor", "parse_manifest", "read_manifest"]
 
 FORMAT, VERSION = "parallax-checkpoint", 1
-NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_DIMS = 16
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
@@ -58,44 +56,35 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    path: Path
+    path: Place
     step: int
     state: Mapping[str, Any]
     files: Mapping[str, tuple[int, str]]
     tensors: Mapping[str, SavedTensor]
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place) -> Manifest:
     """Read and check DIRECTORY/manifest.json, and that exactly its files are there, at their sizes.
 
     Raises CheckpointError that names the file.
     """
-    path = Path(directory) / NAME
-    if not Path(directory).is_dir():
+    store, path = store_of(directory), directory / MANIFEST
+    try:
+        sizes = store.sizes(directory)
+        text = store.read(path, MAX_MANIFEST_BYTES) if MANIFEST in sizes else None
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{directory} is no directory; give a checkpoint such as OUTPUT/checkpoints/step-00000100"
-        )
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {NAME}: not a checkpoint, or a save that never finished") from None
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+    if text is None:
+        raise CheckpointError(f"{directory} has no {MANIFEST}: not a checkpoint, or a save that never finished")
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; that is no manifest of parallax")
     manifest = parse_manifest(text, path)
-    _check_files(manifest)
+    _check_files(manifest, sizes)
     return manifest
-
-
-def open_regular(path: Path) -> int:
-    """A descriptor to read a regular file. Follows no link and waits for no pipe; raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "not a regular file", str(path))
-    return descriptor
 
 
 def seal(body: bytes) -> bytes:
@@ -112,7 +101,7 @@ def unseal(text: bytes) -> bytes:
     return body
 
 
-def parse_manifest(text: bytes, path: Path) -> Manifest:
+def parse_manifest(text: bytes, path: Place) -> Manifest:
     """The manifest in these bytes; `path` is for the messages. Raises CheckpointError."""
 
     def bad(what: str) -> CheckpointError:
@@ -187,20 +176,19 @@ def _check_tiling(name: str, shape: tuple[int, ...], boxes: tuple[SavedBox, ...]
         raise ValueError(f"{name}: the boxes leave a part of shape {shape} out")
 
 
-def _check_files(manifest: Manifest) -> None:
+def _check_files(manifest: Manifest, sizes: Mapping[str, int | None]) -> None:
     directory = manifest.path.parent
-    present = {entry.name: entry for entry in os.scandir(directory) if entry.name != NAME}
-    if extra := sorted(set(present) - set(manifest.files)):
+    if extra := sorted(set(sizes) - set(manifest.files) - {MANIFEST}):
         raise CheckpointError(f"{directory / extra[0]} is not in the manifest; remove it, or take another checkpoint")
     for name, (size, _) in manifest.files.items():
-        if name not in present:
+        if name not in sizes:
             raise CheckpointError(f"{directory / name} is missing; take another checkpoint")
-        if present[name].is_symlink() or not present[name].is_file():
+        if sizes[name] is None:
             raise CheckpointError(f"{directory / name} is no regular file; take another checkpoint")
-        if present[name].stat().st_size != size:
+        if sizes[name] != size:
             raise CheckpointError(
-                f"{directory / name} has {present[name].stat().st_size} bytes, the manifest says {size}: truncated or "
-                "altered; take another checkpoint"
+                f"{directory / name} has {sizes[name]} bytes, the manifest says {size}: truncated or altered; take "
+                "another checkpoint"
             )
 
 

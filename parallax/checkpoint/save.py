@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import re
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from parallax.checkpoint.files import NAMES, sync_directory, write_exclusive, write_shard
-from parallax.checkpoint.manifest import FORMAT, NAME, VERSION, parse_manifest, seal
+from parallax.checkpoint.files import NAMES, write_shard
+from parallax.checkpoint.manifest import FORMAT, VERSION, parse_manifest, seal
+from parallax.checkpoint.place import Place, place
+from parallax.checkpoint.store import MANIFEST, STEP, Store, store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
-__all__ = ["Begun", "Entry", "Exchange", "begin", "clear_leftovers", "find", "latest", "prune", "save", "step_of"]
-
-STEP = re.compile(r"step-(\d{8,})")
-TEMPORARY = ".tmp-"
+__all__ = ["Begun", "Entry", "Exchange", "begin", "find", "latest", "prune", "save", "step_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +54,7 @@ def agree(error: str | None, exchange: Exchange, kind: type[CheckpointError] = C
 
 
 def save(
-    directory: Path,
+    directory: Place,
     step: int,
     entries: Sequence[Entry],
     state: Mapping[str, Any],
@@ -67,7 +62,7 @@ def save(
     *,
     keep: int = 0,
     keep_every: int = 0,
-) -> Path:
+) -> Place:
     """Write DIRECTORY/step-N. Returns it once it is complete and durable.
 
     Of ranks that hold the same box one writes it, chosen by a hash of its name so that the work is spread. Files are
@@ -97,8 +92,8 @@ class Begun:
     other ranks, so they may run in a thread.
     """
 
-    target: Path
-    temporary: Path
+    target: Place
+    temporary: Place
     step: int
     state: Mapping[str, Any]
     rank: int
@@ -118,10 +113,10 @@ class Begun:
 
     def give_up(self) -> None:
         """Delete what was written."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        _discard(self.temporary)
 
 
-def begin(directory: Path, step: int, entries: Sequence[Entry], state: Mapping[str, Any], exchange: Exchange) -> Begun:
+def begin(directory: Place, step: int, entries: Sequence[Entry], state: Mapping[str, Any], exchange: Exchange) -> Begun:
     """Check what is to be saved and make the temporary directory. Collectives: two exchanges of JSON.
 
     Raises CheckpointError on every rank alike.
@@ -133,20 +128,25 @@ def begin(directory: Path, step: int, entries: Sequence[Entry], state: Mapping[s
             check_entry(entry)
         if exchange.rank == 0:
             _check_state(step, state)
-            temporary = _begin(directory, target)
+            temporary = store_of(directory).start(directory, target)
     except (OSError, CheckpointError) as problem:
         error = f"{target} cannot be saved: {problem}"
     try:
         agree(error, exchange)
     except CheckpointError:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _discard(temporary)
         raise
-    temporary = Path(exchange.gather_json(str(temporary))[0])
+    temporary = place(exchange.gather_json(str(temporary))[0])
     # A rank that has two stages may hold a tied parameter twice.
     once = {(e.name, e.box): e for e in entries}.values()
     mine = [e for e in once if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
     return Begun(target, temporary, step, state, exchange.rank, mine)
+
+
+def _discard(temporary: Place) -> None:
+    with contextlib.suppress(OSError):
+        store_of(temporary).remove(temporary)
 
 
 def check_entry(entry: Entry) -> None:
@@ -179,27 +179,7 @@ def _pick(entry: Entry, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % count
 
 
-def clear_leftovers(directory: Path) -> None:
-    """Delete what saves and deletions that died have left. Nobody else may be writing there."""
-    for leftover in directory.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _begin(directory: Path, target: Path) -> Path:
-    """Make the temporary directory; clear what dead saves left."""
-    new = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in new:  # or a crash could lose the directory with all that is in it
-        sync_directory(path.parent)
-    if target.exists():
-        raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
-    clear_leftovers(directory)
-    temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
-    temporary.mkdir(mode=0o700)
-    return temporary
-
-
-def _write(temporary: Path, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
+def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
     """This rank's file, and what the manifest must say of it."""
     name = f"rank-{rank:05d}.safetensors"
     named = [(f"{e.name}#{','.join(f'{a}:{b}' for a, b in e.box)}", e.tensor) for e in entries]
@@ -218,7 +198,7 @@ def _write(temporary: Path, rank: int, entries: Sequence[Entry]) -> dict[str, An
 
 
 def _finish(
-    temporary: Path, target: Path, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    temporary: Place, target: Place, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str | None:
     """Write the manifest and give the directory its name. Returns what went wrong."""
     files: dict[str, Any] = {}
@@ -238,55 +218,52 @@ def _finish(
     manifest |= {"files": files, "tensors": tensors}
     try:
         text = seal(json.dumps(manifest, allow_nan=False).encode())
-        parse_manifest(text, temporary / NAME)  # what could not be loaded is not saved
-        write_exclusive(temporary / NAME, [text])
-        sync_directory(temporary)
-        if target.exists():
-            raise CheckpointError("another run saved it meanwhile")
-        os.rename(temporary, target)
+        parse_manifest(text, temporary / MANIFEST)  # what could not be loaded is not saved
+        return store_of(target).commit(temporary, target, text)
     except (OSError, ValueError) as problem:
         return f"{target} cannot be saved: {problem}"
-    try:
-        sync_directory(target.parent)
-    except OSError as problem:
-        return f"{target} is complete, but a crash may lose it: its directory cannot be synced: {problem}"
-    return None
 
 
-def find(directory: Path) -> list[Path]:
+def find(directory: Place) -> list[Place]:
     """The complete checkpoints of a directory, oldest first: computed from what is there, never stored."""
-    if not Path(directory).is_dir():
+    store = store_of(directory)
+    try:
+        found = sorted((int(match[1]), name) for name in store.sizes(directory) if (match := STEP.fullmatch(name)))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / NAME).is_file()]
+    return [directory / name for _, name in found if _is_complete(store, directory / name)]
 
 
-def latest(directory: Path) -> Path | None:
+def _is_complete(store: Store, path: Place) -> bool:
+    try:
+        return store.sizes(path).get(MANIFEST) is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # a file of that name, or deleted meanwhile
+
+
+def latest(directory: Place) -> Place | None:
     """The newest complete checkpoint."""
     found = find(directory)
     return found[-1] if found else None
 
 
-def prune(directory: Path, keep: int, keep_every: int = 0, saved: Path | None = None) -> list[Path]:
+def prune(directory: Place, keep: int, keep_every: int = 0, saved: Place | None = None) -> list[Place]:
     """Delete all but the highest `keep` steps, multiples of keep_every, and the one just saved, which a run that went
-    back may have below them. Returns what is gone. Renamed first, so that a half-deleted one is never taken for a
-    checkpoint.
+    back may have below them. Returns what is gone.
     """
     gone = []
     for path in find(directory)[:-keep]:
         if path == saved or (keep_every and step_of(path) % keep_every == 0):
             continue
-        doomed = directory / f"{TEMPORARY}delete-{path.name}-{secrets.token_hex(4)}"
         try:
-            os.rename(path, doomed)
+            store_of(path).remove(path)
         except OSError:
             continue  # it stays; the next save tries again
-        shutil.rmtree(doomed, ignore_errors=True)
         gone.append(path)
     return gone
 
 
-def step_of(path: Path) -> int:
+def step_of(path: Place) -> int:
     """The step in a checkpoint's name."""
     match = STEP.fullmatch(path.name)
     return int(match[1]) if match else -1

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parallax import checkpoint, checkpoint_command
+from parallax.checkpoint import files
 from parallax.cli import main
 from parallax.resume import Checkpoints
 from tests.cases import LLAMA, TIED, advance, start
@@ -65,7 +66,7 @@ def test_verify(saved: Path, capsys):
 
 @pytest.mark.parametrize("block", [100, 1 << 22])
 def test_diff(saved: Path, tmp_path: Path, capsys, monkeypatch, block: int):
-    monkeypatch.setattr(checkpoint_command, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(files, "BLOCK_ELEMENTS", block)
     first, second, _ = checkpoint.find(saved / "checkpoints")
     assert answer(capsys, "diff", first, first) == (0, "the same tensors, bit for bit\n")
     code, out = answer(capsys, "diff", first, second, "--json")

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 CODE = """
-import resource, torch
+import torch
 torch.set_num_threads(1)
+from parallax.memory import peak_memory_bytes
 from tests.cases import start
 from parallax.memory_report import held_bytes
 BIG = {{"dtype": "{dtype}", "model.hidden": 1024, "model.ffn": 4096, "model.heads": 8, "model.layers": 5}}
 start("1x1x1", **{{"model.layers": 1}})  # what libraries take at their first use
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak_memory_bytes(torch.device("cpu"))
 run, state = start("1x1x1", **BIG)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+peak = peak_memory_bytes(torch.device("cpu")) - before
 print(peak, sum(held_bytes(run, state).values()))
 """
 

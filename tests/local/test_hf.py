@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallax.checkpoint import hf_export, hf_import
+from parallax.checkpoint import files, hf_export, hf_import
 from parallax.checkpoint.hf_export import export_hf
+from parallax.checkpoint.store import LocalStore
 from parallax.cli import main
 from parallax.config_io import load
 from parallax.errors import CheckpointError, ConfigError
@@ -101,10 +102,10 @@ def test_neither_way_has_more_than_a_block_in_memory(saved, tmp_path: Path, monk
         monkeypatch.setattr(module, name, wrapper)
 
     spy(hf_export, "as_bytes")
-    spy(hf_export, "read_box")
+    spy(hf_export, "read_global")
     spy(hf_import, "read_part")
     monkeypatch.setattr(hf_export, "BLOCK_ELEMENTS", 500)
-    monkeypatch.setattr(hf_import, "BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(files, "BLOCK_ELEMENTS", 500)
     directory, logits, _ = saved["gpt2"]
     begun = begin(export_hf(directory, tmp_path / "out").path)
     assert (begun - logits).abs().max() <= 1e-6
@@ -223,7 +224,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing(saved, tmp_path: Path, 
         raise OSError(28, "No space left on device", str(out))
 
     with monkeypatch.context() as broken:
-        broken.setattr(hf_export, "write_stream", full)
+        broken.setattr(LocalStore, "write", full)
         assert main(argv) == 2
     assert "No space left on device" in capsys.readouterr().err and not list((tmp_path / "new").iterdir())
     assert main(argv) == 0 and main(argv) == 2

@@ -82,17 +82,17 @@ def test_fused_with_its_layer_it_is_the_same(monkeypatch, at_once: int, dtype: t
 def test_the_logits_are_never_there():
     """Peak memory of forward and backward, in a process of its own: input, weight, their gradients, one chunk."""
     code = (
-        "import resource, torch; from parallax.mesh import Axis; from parallax.tensor import fused_loss as f\n"
+        "import torch; from parallax.memory import peak_memory_bytes as peak\n"
+        "from parallax.mesh import Axis; from parallax.tensor import fused_loss as f\n"
         "torch.set_num_threads(1); N, D, V = 8192, 64, 16384\n"
         "layer = torch.nn.Linear(D, V, bias=False); layer.tensor = Axis('tensor')\n"
         "layer.sequence_parallel, layer.sink = False, None\n"
         "def go(n): f.linear_cross_entropy(torch.randn(n, D, requires_grad=True), layer,"
         " torch.randint(0, V, (n,)), vocab_range=(0, V)).backward()\n"
-        "go(256); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; go(N)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "go(256); before = peak(torch.device('cpu')); go(N); print(peak(torch.device('cpu')) - before)"
     )
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert grown * 1024 < 100e6, f"{grown / 1024:.0f} MB; the logits alone are 537 MB"
+    assert 20e6 < grown < 100e6, f"{grown / 1e6:.0f} MB; the logits alone are 537 MB"
 
 
 def test_huge_logits_do_not_overflow():
@@ -122,11 +122,12 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_peak_memory_is_less_than_half_a_copy_of_the_logits():
     """Beside logits of 256 MB the overwriting loss needs its chunks alone: torch's own needs two more copies."""
     code = (
-        "import resource, torch\n"
+        "import torch\n"
         "torch.set_num_threads(1)\n"
+        "from parallax.memory import peak_memory_bytes\n"
         "from parallax.mesh import Axis\n"
         "from parallax.tensor.loss import vocab_parallel_cross_entropy as loss\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "def peak(): return peak_memory_bytes(torch.device('cpu'))\n"
         "def run(n):\n"
         "    x = torch.zeros(n, 8192, requires_grad=True)\n"
         "    y = x * 1.0\n"
@@ -140,4 +141,4 @@ def test_peak_memory_is_less_than_half_a_copy_of_the_logits():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     logits_bytes = 8192 * 8192 * 4
     # x.grad is the overwritten logits themselves times 1.0: one more copy belongs to the multiplication, not the loss.
-    assert int(done.stdout) < 1.5 * logits_bytes
+    assert 0.9 * logits_bytes < int(done.stdout) < 1.5 * logits_bytes

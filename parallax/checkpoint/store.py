@@ -1,0 +1,196 @@
+"""What saving and loading ask of a store; here for directories of this machine, in remote_store.py for the others."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from parallax.checkpoint.place import Place
+from parallax.errors import CheckpointError
+
+__all__ = ["MANIFEST", "LocalStore", "Store", "clear_leftovers", "open_regular", "store_of", "sync_directory"]
+
+MANIFEST = "manifest.json"
+STEP = re.compile(r"step-(\d{8,})")
+TEMPORARY = ".tmp-"
+BLOCK_BYTES = 1 << 22
+
+
+class Store(Protocol):
+    """A store of checkpoints. What fails raises OSError with a filename and a strerror, FileNotFoundError where nothing
+    is there.
+    """
+
+    def sizes(self, directory: Any) -> dict[str, int | None]:
+        """The names directly in a directory, with the bytes of the files; None for what is no regular file."""
+        ...
+
+    def read(self, path: Any, limit: int) -> bytes:
+        """A file, or its first `limit` bytes and one more."""
+        ...
+
+    def blocks(self, path: Any) -> Iterator[bytes]:
+        """A file, block by block."""
+        ...
+
+    def read_part(
+        self, path: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], cut: tuple[slice, ...]
+    ) -> np.ndarray[Any, Any]:
+        """A part of the row-major array at `offset` of a file, in memory of its own; little more than it is read."""
+        ...
+
+    def write(
+        self,
+        path: Any,
+        pieces: Iterable[bytes | memoryview],
+        seen: Callable[[bytes | memoryview], object] = ...,
+    ) -> None:
+        """Write a new file of these pieces; it is durable on return. seen: told of every block."""
+        ...
+
+    def delete(self, path: Any) -> None:
+        """Delete a file."""
+        ...
+
+    def start(self, directory: Any, target: Any) -> Any:
+        """Make the place where the files of a save go. Raises CheckpointError where the target is there already."""
+        ...
+
+    def commit(self, temporary: Any, target: Any, manifest: bytes) -> str | None:
+        """Make what `start` made a checkpoint, in one step that happens or does not. Returns a warning, if any."""
+        ...
+
+    def remove(self, path: Any) -> None:
+        """Delete a directory; a checkpoint stops being one before anything of it is gone."""
+        ...
+
+    def clear(self, directory: Any) -> None:
+        """Delete what saves and deletions that died have left. Nobody else may be writing there."""
+        ...
+
+
+def store_of(place: Place) -> Store:
+    if isinstance(place, Path):
+        return LocalStore()
+    from parallax.checkpoint.remote_store import RemoteStore
+
+    return RemoteStore()
+
+
+def clear_leftovers(directory: Place) -> None:
+    """Delete what saves and deletions that died have left. Nobody else may be writing there."""
+    store_of(directory).clear(directory)
+
+
+class LocalStore:
+    """Directories of 0700, new files of 0600, fsynced, no links; a checkpoint appears by rename."""
+
+    def sizes(self, directory: Path) -> dict[str, int | None]:
+        with os.scandir(directory) as entries:
+            return {
+                e.name: None if e.is_symlink() or not e.is_file() else e.stat(follow_symlinks=False).st_size
+                for e in entries
+            }
+
+    def read(self, path: Path, limit: int) -> bytes:
+        with os.fdopen(open_regular(path), "rb") as file:
+            return file.read(limit + 1)
+
+    def blocks(self, path: Path) -> Iterator[bytes]:
+        with os.fdopen(open_regular(path), "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+    def read_part(
+        self, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], cut: tuple[slice, ...]
+    ) -> np.ndarray[Any, Any]:
+        with os.fdopen(open_regular(path), "rb") as file:
+            count = math.prod(shape) * dtype.itemsize
+            flat = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(count,))
+        return np.array(flat.view(dtype).reshape(shape)[cut])  # the pages that hold it are read, and no others
+
+    def write(
+        self,
+        path: Path,
+        pieces: Iterable[bytes | memoryview],
+        seen: Callable[[bytes | memoryview], object] = lambda block: None,
+    ) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            for piece in pieces:
+                for begin in range(0, len(piece), BLOCK_BYTES):
+                    seen(piece[begin : begin + BLOCK_BYTES])  # hashed while it is in the cache
+                    _write_all(file.fileno(), piece[begin : begin + BLOCK_BYTES])
+            os.fsync(file.fileno())
+
+    def delete(self, path: Path) -> None:
+        path.unlink()
+
+    def start(self, directory: Path, target: Path) -> Path:
+        new = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in new:  # or a crash could lose the directory with all that is in it
+            sync_directory(path.parent)
+        if target.exists():
+            raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
+        self.clear(directory)
+        temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
+        temporary.mkdir(mode=0o700)
+        return temporary
+
+    def commit(self, temporary: Path, target: Path, manifest: bytes) -> str | None:
+        self.write(temporary / MANIFEST, [manifest])
+        sync_directory(temporary)
+        if target.exists():
+            raise CheckpointError("another run saved it meanwhile")
+        os.rename(temporary, target)
+        try:
+            sync_directory(target.parent)
+        except OSError as problem:
+            return f"{target} is complete, but a crash may lose it: its directory cannot be synced: {problem}"
+        return None
+
+    def remove(self, path: Path) -> None:
+        # Renamed first, so that a half-deleted one is never taken for a checkpoint.
+        if STEP.fullmatch(path.name):
+            doomed = path.with_name(f"{TEMPORARY}delete-{path.name}-{secrets.token_hex(4)}")
+            os.rename(path, doomed)
+            path = doomed
+        shutil.rmtree(path, ignore_errors=True)
+
+    def clear(self, directory: Path) -> None:
+        for leftover in directory.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file. Follows no link and waits for no pipe; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "not a regular file", str(path))
+    return descriptor
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that the names in it survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
