@@ -21,6 +21,7 @@ USAGE = """parallax checkpoint COMMAND ...
   verify CHECKPOINT ...  whether it is what was saved: manifest, sizes, every file's hash
   diff A B               which tensors differ, and by how much
   prune RUN keep=K [keep_every=N]   delete all but the newest K and multiples of N
+  reshard CHECKPOINT --mesh 2x2x2 OUT [key=value ...]   write OUT/checkpoints with the files of another mesh
   export CHECKPOINT --to hf OUT     a Hugging Face model directory; export --help tells the options
 All but export take --json. Exit code: 0, 1 where something is damaged or differs, 2 for a mistake in the command."""
 
@@ -41,6 +42,7 @@ def run_checkpoint(argv: Sequence[str]) -> int:
         "verify": _verify,
         "diff": _diff,
         "prune": _prune,
+        "reshard": _reshard,
     }
     if not words or words[0] not in commands:
         raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}, export\nusage: {USAGE}")
@@ -181,6 +183,12 @@ def _diff(words: Sequence[str]) -> tuple[Any, list[str], int]:
         what = what or f"{found['elements']:,} elements, at most {found['max_abs']:.3g} ({found['relative']:.1e})"
         lines.append(f"{name:<{width}}  {what}")
     return data, lines or ["the same tensors, bit for bit"], int(bool(lines))
+
+
+def _reshard(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    from parallax.reshard_command import run_reshard
+
+    return run_reshard(words)
 
 
 def _prune(words: Sequence[str]) -> tuple[Any, list[str], int]:

@@ -57,7 +57,7 @@ def verify_resume(argv: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
-    "checkpoint": (checkpoint, "ls | show | verify | diff | prune | export ..."),
+    "checkpoint": (checkpoint, "ls | show | verify | diff | prune | reshard | export ..."),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
     "verify-resume": (verify_resume, "[mesh=2x1x1] [mesh=1x2x2] [steps=N] [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),

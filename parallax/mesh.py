@@ -25,7 +25,7 @@ from parallax.errors import MeshError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Axis", "Mesh", "MeshShape", "cut_axis", "init_mesh"]
+__all__ = ["Axis", "Mesh", "MeshShape", "cut_axis", "init_mesh", "planned_mesh"]
 
 # Outermost first. `expert` is no axis of ranks: it refolds data x context for expert weights.
 RANK_AXES = ("pipeline", "data", "context", "tensor")
@@ -255,6 +255,13 @@ def init_mesh(
     return _build(shape, rank, device, backend)
 
 
+def planned_mesh(mesh: str | MeshShape, rank: int) -> Mesh:
+    """The mesh as `rank` would see it, for plans: there are no other processes, so no axis above 1 can talk."""
+    import torch
+
+    return _build(MeshShape.parse(mesh), rank, torch.device("cpu"), "", live=False)
+
+
 def _device(device_type: str, rank: int) -> torch.device:
     import torch
 
@@ -297,11 +304,11 @@ def _init_process_group(
     )
 
 
-def _build(shape: MeshShape, rank: int, device: torch.device, backend: str) -> Mesh:
+def _build(shape: MeshShape, rank: int, device: torch.device, backend: str, *, live: bool = True) -> Mesh:
     def axis(name: str, *over: str, ranks: tuple[int, ...] | None = None) -> Axis:
         peers = ranks or shape.peers(rank, *over)
         group = None
-        if math.prod(shape.axis_size(a) for a in over) > 1:
+        if live and math.prod(shape.axis_size(a) for a in over) > 1:
             group = _new_group(shape, over, rank)
         return Axis(name, peers.index(rank), peers, group, backend)
 
@@ -323,7 +330,7 @@ def _build(shape: MeshShape, rank: int, device: torch.device, backend: str) -> M
         tensor=axis("tensor", "tensor"),
         expert=Axis("expert", 0, (rank,)),
         grad=grad,
-        world=Axis("world", rank, everyone, _world_group(shape), backend),
+        world=Axis("world", rank, everyone, _world_group(shape) if live else None, backend),
     )
 
 

@@ -68,7 +68,8 @@ RANK = {
     "launch": 4,
     "parity": 16,
     "schedule_command": 16,
-    "checkpoint_command": 15,
+    "reshard_command": 15,
+    "checkpoint_command": 16,
     "verify_resume": 17,
     "cli": 18,
 }

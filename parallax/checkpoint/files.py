@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "read_part",
     "row_blocks",
     "shard_header",
+    "stream_shard",
     "write_shard",
 ]
 
@@ -50,14 +51,17 @@ def write_shard(path: Place, named: Sequence[tuple[str, Tensor]]) -> tuple[int, 
 
     Returns its bytes, its sha256, and each tensor's offset in the file.
     """
-    header, offsets, size = shard_header([(name, NAMES[t.dtype], tuple(t.shape)) for name, t in named])
+    described = [(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in named]
+    return stream_shard(path, described, (as_bytes(tensor) for _, tensor in named))
+
+
+def stream_shard(
+    path: Place, described: Sequence[tuple[str, str, tuple[int, ...]]], data: Iterable[memoryview]
+) -> tuple[int, str, list[int]]:
+    """As `write_shard`, of tensors that are (name, dtype, shape) and whose bytes come piece by piece, in that order."""
+    header, offsets, size = shard_header(described)
     digest = hashlib.sha256()
-
-    def data() -> Iterator[memoryview]:
-        for _, tensor in named:
-            yield as_bytes(tensor)
-
-    store_of(path).write(path, itertools.chain([memoryview(header)], data()), digest.update)
+    store_of(path).write(path, itertools.chain([memoryview(header)], data), digest.update)
     return size, digest.hexdigest(), offsets
 
 

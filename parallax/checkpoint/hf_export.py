@@ -18,7 +18,6 @@ from torch import Tensor
 from parallax.checkpoint.files import (
     NAMES,
     as_bytes,
-    hash_file,
     read_global,
     shard_header,
 )
@@ -27,6 +26,7 @@ from parallax.checkpoint.hf_import import COMPANIONS, PREFIX, copy_companions
 from parallax.checkpoint.hf_names import HfTensor, hf_tensors
 from parallax.checkpoint.manifest import DTYPES, Manifest, read_manifest
 from parallax.checkpoint.place import Place
+from parallax.checkpoint.reshard import check_hashes
 from parallax.checkpoint.store import LocalStore, sync_directory
 from parallax.config import Config, check, keys
 from parallax.config_hf import family_of, make_hf_config, read_hf_config
@@ -86,7 +86,7 @@ def export_hf(
     hf = make_hf_config(config, family, dtype, origin)
     tensors = hf_tensors(config.model, family, config.corpus.sequence_length)
     _check(manifest, tensors)
-    _check_hashes(manifest)
+    check_hashes(manifest)
     shards = _shards(tensors, DTYPES[NAMES[TORCH[dtype]]], max_shard_bytes)
     temporary = _begin(out)
     try:
@@ -154,13 +154,6 @@ def _check(manifest: Manifest, tensors: Sequence[HfTensor]) -> None:
             raise CheckpointError(f"{manifest.path} has {found} for {name} of shape {shape}; it is of another model")
     if extra := sorted(set(saved) - set(wanted)):
         raise CheckpointError(f"{manifest.path} holds {', '.join(extra[:5])}, which no Hugging Face family here has")
-
-
-def _check_hashes(manifest: Manifest) -> None:
-    for name, (_, sha256) in manifest.files.items():
-        path = manifest.path.parent / name
-        if hash_file(path) != sha256:
-            raise CheckpointError(f"{path} was altered: its sha256 is not the manifest's; take another checkpoint")
 
 
 def _shards(tensors: Sequence[HfTensor], itemsize: int, most: int) -> list[list[HfTensor]]:

@@ -109,7 +109,7 @@ class Begun:
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> str | None:
         """Write the manifest and give the directory its name. Returns what went wrong. For one rank."""
-        return _finish(self.temporary, self.target, self.step, self.state, records)
+        return finish(self.temporary, self.target, self.step, self.state, records)
 
     def give_up(self) -> None:
         """Delete what was written."""
@@ -140,7 +140,7 @@ def begin(directory: Place, step: int, entries: Sequence[Entry], state: Mapping[
     temporary = place(exchange.gather_json(str(temporary))[0])
     # A rank that has two stages may hold a tied parameter twice.
     once = {(e.name, e.box): e for e in entries}.values()
-    mine = [e for e in once if e.replicas[_pick(e, len(e.replicas))] == exchange.rank]
+    mine = [e for e in once if e.replicas[pick(e.name, e.box, len(e.replicas))] == exchange.rank]
     return Begun(target, temporary, step, state, exchange.rank, mine)
 
 
@@ -174,15 +174,16 @@ def _check_state(step: int, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"its state is not JSON: {problem}") from None
 
 
-def _pick(entry: Entry, count: int) -> int:
-    text = f"{entry.name}{entry.box}".encode()
+def pick(name: str, box: Box, count: int) -> int:
+    """Which of `count` holders of the same box writes it: spread by a hash, the same on every rank."""
+    text = f"{name}{box}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % count
 
 
 def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
     """This rank's file, and what the manifest must say of it."""
     name = f"rank-{rank:05d}.safetensors"
-    named = [(f"{e.name}#{','.join(f'{a}:{b}' for a, b in e.box)}", e.tensor) for e in entries]
+    named = [(box_name(e.name, e.box), e.tensor) for e in entries]
     size, sha256, offsets = write_shard(temporary / name, named)
     boxes = [
         {
@@ -197,7 +198,12 @@ def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, A
     return {"file": name, "bytes": size, "sha256": sha256, "boxes": boxes}
 
 
-def _finish(
+def box_name(name: str, box: Box) -> str:
+    """What a box of a tensor is called in its file: one that any reader of safetensors can show."""
+    return f"{name}#{','.join(f'{start}:{stop}' for start, stop in box)}"
+
+
+def finish(
     temporary: Place, target: Place, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str | None:
     """Write the manifest and give the directory its name. Returns what went wrong."""

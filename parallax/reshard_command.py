@@ -1,0 +1,100 @@
+"""`parallax checkpoint reshard`: the files of a checkpoint as the ranks of another mesh would have written them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from parallax import checkpoint
+from parallax.assemble import build_stage
+from parallax.checkpoint.manifest import Manifest
+from parallax.checkpoint.reshard import rewrite
+from parallax.checkpoint.save import pick
+from parallax.config import Config, check
+from parallax.config_io import from_dict, to_dict, with_overrides
+from parallax.errors import CheckpointError, ConfigError
+from parallax.mesh import planned_mesh
+from parallax.params import Box, ParamSpec, collect
+from parallax.stage_plan import plan_stages
+
+__all__ = ["USAGE", "run_reshard"]
+
+USAGE = """parallax checkpoint reshard CHECKPOINT --mesh DATAxTENSORxPIPELINE OUT [key=value ...]
+  Writes OUT/checkpoints/step-N: the same tensors bit for bit, cut as the ranks of that mesh hold them. Any mesh loads
+  any checkpoint without it; it saves them reading around in files that were cut otherwise.
+  key=value: what must change with the mesh, such as pipeline.schedule=1f1b"""
+
+
+def run_reshard(argv: Sequence[str]) -> tuple[Any, list[str], int]:
+    """Returns what was done as data, as lines, and the exit code."""
+    words, overrides = _parse(argv)
+    manifest = checkpoint.read_manifest(checkpoint.place(words[0]))
+    config = _config(manifest, overrides)
+    files = _files(manifest, config)
+    state = {**manifest.state, "mesh": str(config.mesh_shape), "config": to_dict(config)}
+    target = rewrite(manifest, checkpoint.place(words[1]) / "checkpoints", state, files)
+    written = checkpoint.read_manifest(target)
+    size = sum(size for size, _ in written.files.values())
+    data = {"path": str(target), "mesh": str(config.mesh_shape), "files": len(written.files), "bytes": size}
+    return data, [f"{target}: mesh {config.mesh_shape}, {len(written.files)} files, {size:,} bytes"], 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    words: list[str] = []
+    overrides: dict[str, object] = {}
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        if word == "--mesh" and left:
+            overrides["mesh"] = left.pop(0)
+        elif word.startswith("--mesh="):
+            overrides["mesh"] = word.partition("=")[2]
+        elif "=" in word and "://" not in word.partition("=")[0]:
+            name, _, value = word.partition("=")
+            overrides[name] = value
+        else:
+            words.append(word)
+    if len(words) != 2 or "mesh" not in overrides:
+        raise ConfigError(f"reshard takes CHECKPOINT --mesh MESH OUT, and got {' '.join(argv) or 'nothing'}\n{USAGE}")
+    return words, overrides
+
+
+def _config(manifest: Manifest, overrides: Mapping[str, object]) -> Config:
+    saved = manifest.state.get("config")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{manifest.path} holds no configuration, so its model is unknown; train with the recipe")
+    config = with_overrides(from_dict(saved), overrides)
+    if problems := check(config):
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def _files(manifest: Manifest, config: Config) -> list[list[tuple[str, Box]]]:
+    """The boxes of each rank's file. Of ranks that hold the same box one has it, chosen as a save chooses."""
+    shape = config.mesh_shape
+    kinds: dict[str, list[str]] = {}
+    for name in manifest.tensors:
+        kinds.setdefault(name.partition("/")[2], []).append(name)
+    holders: dict[tuple[str, Box], set[int]] = {}
+    plan = plan_stages(config)
+    for rank in range(shape.size):
+        mesh = planned_mesh(shape, rank)
+        for stage in plan.schedule.stages_of(mesh.pipeline.rank):
+            for spec in collect(build_stage(config, mesh, range(*plan.spans[stage])), mesh):
+                for name in _held(manifest, kinds, spec):
+                    holders.setdefault((name, spec.box), set()).add(rank)
+    for name, saved in manifest.tensors.items():  # what is no parameter and of no parameter's shape stays cut as it is
+        if not any(name == held for held, _ in holders):
+            for part in saved.boxes:
+                holders[name, part.box] = set(range(shape.size))
+    files: list[list[tuple[str, Box]]] = [[] for _ in range(shape.size)]
+    for (name, box), ranks in sorted(holders.items()):
+        files[sorted(ranks)[pick(name, box, len(ranks))]].append((name, box))
+    return files
+
+
+def _held(manifest: Manifest, kinds: Mapping[str, Sequence[str]], spec: ParamSpec) -> list[str]:
+    """The saved tensors of a parameter: itself, its moments."""
+    if f"parameters/{spec.name}" not in manifest.tensors:
+        raise CheckpointError(f"{manifest.path} has no parameters/{spec.name}; it was saved by another model")
+    return [name for name in kinds[spec.name] if manifest.tensors[name].global_shape == spec.global_shape]
