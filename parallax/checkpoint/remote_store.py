@@ -39,7 +39,7 @@ class RemoteStore:
     def read(self, path: RemotePath, limit: int) -> bytes:
         system, name = file_system(path)
         with _told(path), system.open(name, "rb") as file:
-            return bytes(file.read(limit + 1))
+            return bytes(file.read(min(limit, system.info(name)["size"]) + 1))
 
     def blocks(self, path: RemotePath) -> Iterator[bytes]:
         system, name = file_system(path)

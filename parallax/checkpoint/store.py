@@ -103,11 +103,12 @@ class LocalStore:
 
     def read(self, path: Path, limit: int) -> bytes:
         with os.fdopen(open_regular(path), "rb") as file:
-            return file.read(limit + 1)
+            return file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
 
     def blocks(self, path: Path) -> Iterator[bytes]:
         with os.fdopen(open_regular(path), "rb") as file:
-            while block := file.read(BLOCK_BYTES):
+            size = min(BLOCK_BYTES, os.fstat(file.fileno()).st_size + 1)  # read() sets aside what it is asked for
+            while block := file.read(size):
                 yield block
 
     def read_part(
