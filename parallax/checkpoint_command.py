@@ -79,7 +79,7 @@ def _ls(words: Sequence[str]) -> tuple[Any, list[str], int]:
         row: dict[str, Any] = {"path": str(path), "step": checkpoint.step_of(path), "problem": None}
         try:
             manifest = checkpoint.read_manifest(path)
-            row |= {"bytes": sum(size for size, _ in manifest.files.values()), "files": len(manifest.files)}
+            row |= {"bytes": sum(file.bytes for file in manifest.files.values()), "files": len(manifest.files)}
             row["mesh"] = manifest.state.get("mesh")
         except CheckpointError as error:
             row["problem"] = str(error)
@@ -101,7 +101,7 @@ def _show(words: Sequence[str]) -> tuple[Any, list[str], int]:
     }
     state = {key: value for key, value in manifest.state.items() if key != "config"}
     data = {"step": manifest.step, "state": state, "config": manifest.state.get("config"), "tensors": tensors}
-    data["files"] = {name: size for name, (size, _) in manifest.files.items()}
+    data["files"] = {name: file.bytes for name, file in manifest.files.items()}
     elements = sum(math.prod(t.global_shape) for n, t in manifest.tensors.items() if n.startswith("parameters/"))
     lines = [f"step {manifest.step}, {elements:,} parameters, {len(manifest.files)} files"]
     lines += [f"  {key} {value}" for key, value in state.items()]
@@ -114,7 +114,7 @@ def _show(words: Sequence[str]) -> tuple[Any, list[str], int]:
 
 def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
     from parallax import checkpoint
-    from parallax.checkpoint.files import hash_file
+    from parallax.checkpoint.files import check_file
 
     if not words:
         raise ConfigError(f"verify takes one checkpoint or more\nusage: {USAGE}")
@@ -123,9 +123,11 @@ def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
         problems: list[str] = []
         try:
             manifest = checkpoint.read_manifest(place(word))
-            for name, (_, sha256) in sorted(manifest.files.items()):
-                if hash_file(place(word) / name) != sha256:
-                    problems.append(f"{place(word) / name} was altered: its sha256 is not the manifest's")
+            for name in sorted(manifest.files):
+                try:
+                    check_file(manifest, name, thorough=True)
+                except CheckpointError as error:
+                    problems.append(str(error))
         except CheckpointError as error:
             problems.append(str(error))
         except OSError as error:

@@ -222,19 +222,30 @@ def exchange_sum(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
     return exchange(tensor, axis, peer).add_(tensor)
 
 
+SHORT_JSON = 512
+
+
 def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
     """Every rank's value, on every rank, in rank order. JSON, never pickle, so no message can run code.
 
-    Sends (n-1) times the longest text, after an all-gather of the lengths.
+    An all-gather of each text's length and its first 512 bytes, and, where one is longer, another of the rest.
     """
     if axis.group is None:
         return [json.loads(json.dumps(value))]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode() or b" "), dtype=torch.uint8).to(device)
-    lengths = all_gather(torch.tensor([text.numel()], device=device), axis).tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
-    padded[: text.numel()] = text
-    rows = all_gather(padded, axis).view(axis.size, -1).cpu()
-    return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+    text = json.dumps(value).encode()
+    heads = all_gather(_padded(len(text).to_bytes(8, "little") + text[:SHORT_JSON], 8 + SHORT_JSON, device), axis)
+    found = [row.numpy().tobytes() for row in heads.view(axis.size, -1).cpu()]
+    lengths = [int.from_bytes(row[:8], "little") for row in found]
+    texts = [row[8:] for row in found]
+    if (longest := max(lengths)) > SHORT_JSON:
+        rest = all_gather(_padded(text[SHORT_JSON:], longest - SHORT_JSON, device), axis)
+        tails = rest.view(axis.size, -1).cpu()
+        texts = [head + tail.numpy().tobytes() for head, tail in zip(texts, tails, strict=True)]
+    return [json.loads(text[:length]) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _padded(data: bytes, size: int, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(data.ljust(size, b" ")), dtype=torch.uint8).to(device)
 
 
 def barrier(axis: Axis, device: torch.device) -> None:

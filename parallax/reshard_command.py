@@ -34,7 +34,7 @@ def run_reshard(argv: Sequence[str]) -> tuple[Any, list[str], int]:
     state = {**manifest.state, "mesh": str(config.mesh_shape), "config": to_dict(config)}
     target = rewrite(manifest, checkpoint.place(words[1]) / "checkpoints", state, files)
     written = checkpoint.read_manifest(target)
-    size = sum(size for size, _ in written.files.values())
+    size = sum(file.bytes for file in written.files.values())
     data = {"path": str(target), "mesh": str(config.mesh_shape), "files": len(written.files), "bytes": size}
     return data, [f"{target}: mesh {config.mesh_shape}, {len(written.files)} files, {size:,} bytes"], 0
 

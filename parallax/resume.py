@@ -114,6 +114,7 @@ class Checkpoints:
         self.lock: checkpoint.DirectoryLock | None = None
         self._under_way: checkpoint.BackgroundSave | None = None
         self._told = False
+        self._staging: checkpoint.Staging = {}
 
     def take_lock(self) -> None:
         """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
@@ -142,7 +143,7 @@ class Checkpoints:
         said = self._wait(raises=False)
         try:
             if self.run.config.checkpoint.background and not last:
-                self._under_way = checkpoint.BackgroundSave(**self._what_to_save(state))
+                self._under_way = checkpoint.BackgroundSave(**self._what_to_save(state), staging=self._staging)
                 stall = time.perf_counter() - begun
                 return said + f"saving {self._under_way.target} in the background; the training waited {stall:.3f} s"
             path = self.save(state)

@@ -3,7 +3,7 @@
 OUTPUT/checkpoints/step-00000100/ holds one safetensors file a writing rank and manifest.json. No pickle anywhere.
 """
 
-from parallax.checkpoint.background import BackgroundSave
+from parallax.checkpoint.background import BackgroundSave, Staging
 from parallax.checkpoint.hf_import import copy_companions, load_hf
 from parallax.checkpoint.load import load
 from parallax.checkpoint.lock import DirectoryLock
@@ -19,6 +19,7 @@ __all__ = [
     "Exchange",
     "Manifest",
     "Place",
+    "Staging",
     "clear_leftovers",
     "copy_companions",
     "find",

@@ -14,20 +14,46 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from parallax.checkpoint.place import Place
 from parallax.checkpoint.save import Begun, Entry, Exchange, begin, prune
 from parallax.checkpoint.store import store_of
+from parallax.params import Box
 
-__all__ = ["BackgroundSave"]
+__all__ = ["BackgroundSave", "Staging"]
 
 POLL_S = 0.02
 MAX_RECORD_BYTES = 1 << 28
 RECORD = "record-{:05d}.json"
 
 
+Staging = dict[tuple[str, Box], Tensor]
+"""Copies of the entries that a rank writes, by name and box."""
+
+
+def _copies(entries: Sequence[Entry], staging: Staging) -> list[Entry]:
+    """The entries with their tensors copied into the host's memory."""
+    for gone in set(staging) - {(entry.name, entry.box) for entry in entries}:
+        del staging[gone]
+    copies = []
+    for entry in entries:
+        kept = staging.get((entry.name, entry.box))
+        if kept is None or kept.dtype != entry.tensor.dtype:
+            kept = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, pin_memory=entry.tensor.is_cuda)
+            staging[entry.name, entry.box] = kept
+        kept.copy_(entry.tensor.detach(), non_blocking=True)
+        copies.append(replace(entry, tensor=kept))
+    if any(entry.tensor.is_cuda for entry in entries):
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
 class BackgroundSave:
     """One save under way. `thread` ends when this rank's part is done; rank 0's when the checkpoint is there.
 
+    staging: a dict that keeps the memory of the copies for the next save: new memory costs six times the copying.
     error: what went wrong, once `done`. stall_s: how long the training waited. Made on all ranks together: collectives
     and errors as those of `begin`.
     """
@@ -42,10 +68,11 @@ class BackgroundSave:
         *,
         keep: int = 0,
         keep_every: int = 0,
+        staging: Staging | None = None,
     ) -> None:
         begun_s = time.perf_counter()
         self._begun: Begun = begin(directory, step, entries, state, exchange)
-        copies = [replace(entry, tensor=entry.tensor.detach().to("cpu", copy=True)) for entry in self._begun.mine]
+        copies = _copies(self._begun.mine, {} if staging is None else staging)
         self._size, self._keep, self._keep_every = exchange.size, keep, keep_every
         self.error: str | None = None
         self.target = self._begun.target

@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,8 +23,9 @@ from parallax.params import Box
 __all__ = [
     "NAMES",
     "as_bytes",
-    "hash_file",
+    "check_file",
     "read_box",
+    "read_box_into",
     "read_global",
     "read_part",
     "row_blocks",
@@ -46,23 +49,39 @@ BLOCK_ELEMENTS = 1 << 22
 """What lies in memory twice while it is read or written."""
 
 
-def write_shard(path: Place, named: Sequence[tuple[str, Tensor]]) -> tuple[int, str, list[int]]:
-    """Write tensors as one safetensors file, a tensor at a time: the extra memory is one tensor.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the manifest must know of a shard file; offsets: where each tensor begins."""
 
-    Returns its bytes, its sha256, and each tensor's offset in the file.
-    """
+    bytes: int
+    sha256: str
+    crc32: int
+    offsets: Sequence[int]
+
+
+def write_shard(path: Place, named: Sequence[tuple[str, Tensor]]) -> Written:
+    """Write tensors as one safetensors file, a tensor at a time: the extra memory is one tensor."""
     described = [(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in named]
     return stream_shard(path, described, (as_bytes(tensor) for _, tensor in named))
 
 
 def stream_shard(
     path: Place, described: Sequence[tuple[str, str, tuple[int, ...]]], data: Iterable[memoryview]
-) -> tuple[int, str, list[int]]:
+) -> Written:
     """As `write_shard`, of tensors that are (name, dtype, shape) and whose bytes come piece by piece, in that order."""
     header, offsets, size = shard_header(described)
-    digest = hashlib.sha256()
-    store_of(path).write(path, itertools.chain([memoryview(header)], data), digest.update)
-    return size, digest.hexdigest(), offsets
+    sums = _Sums()
+    store_of(path).write(path, itertools.chain([memoryview(header)], data), sums.update)
+    return Written(size, sums.sha256.hexdigest(), sums.crc32, offsets)
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.sha256, self.crc32 = hashlib.sha256(), 0
+
+    def update(self, block: bytes | memoryview) -> None:
+        self.sha256.update(block)
+        self.crc32 = zlib.crc32(block, self.crc32)
 
 
 def shard_header(
@@ -86,11 +105,35 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def hash_file(path: Place) -> str:
-    digest = hashlib.sha256()
+def check_file(manifest: Manifest, name: str, *, thorough: bool = False) -> None:
+    """Raise CheckpointError unless a file is the one that was saved: by crc32, which shows any accident but one in four
+    thousand million, or by sha256 where thorough.
+    """
+    path, file = manifest.path.parent / name, manifest.files[name]
+    by_crc32 = file.crc32 is not None and not thorough
+    digest, crc32 = hashlib.sha256(), 0
     for block in store_of(path).blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
+        if by_crc32:
+            crc32 = zlib.crc32(block, crc32)
+        else:
+            digest.update(block)
+    if crc32 != file.crc32 if by_crc32 else digest.hexdigest() != file.sha256:
+        kind = "crc32" if by_crc32 else "sha256"
+        raise CheckpointError(f"{path} was altered: its {kind} is not the manifest's; take another checkpoint")
+
+
+def read_box_into(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box, out: Tensor) -> None:
+    """As `read_box`, into memory that is there."""
+    whole_rows = wanted[1:] == saved.box[1:]
+    if not (whole_rows and out.is_contiguous() and out.device.type == "cpu" and NAMES.get(out.dtype) == dtype):
+        out.copy_(read_box(manifest, saved, dtype, wanted))
+        return
+    path, first = manifest.path.parent / saved.file, wanted[0][0] - saved.box[0][0] if wanted else 0
+    row = math.prod(saved.shape[1:]) * DTYPES[dtype]
+    try:
+        store_of(path).read_into(path, saved.offset + first * row, as_bytes(out))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Tensor:

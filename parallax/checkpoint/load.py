@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from parallax.checkpoint.files import NAMES, hash_file, read_box, row_blocks
+from parallax.checkpoint.files import NAMES, check_file, read_box_into, row_blocks
 from parallax.checkpoint.manifest import Manifest, overlaps, read_manifest
 from parallax.checkpoint.place import Place
-from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
+from parallax.checkpoint.save import Entry, Exchange, agree, check_entry, raise_first
 from parallax.errors import CheckpointError, DamagedCheckpoint, ParallaxError
 
 __all__ = ["load"]
@@ -27,13 +27,15 @@ def load(path: Place, entries: Sequence[Entry], exchange: Exchange, *, leaves: S
     JSON. Raises CheckpointError on every rank alike: DamagedCheckpoint where the files are not what was saved.
     """
     manifest: list[Manifest] = []
-    agree(attempt(lambda: manifest.append(read_manifest(path))), exchange, DamagedCheckpoint)
-    found = manifest[0]
-    agree(attempt(lambda: _check_entries(found, entries)), exchange)
-    agree(attempt(lambda: _check_names(found, exchange.gather_json([*(e.name for e in entries), *leaves]))), exchange)
-    agree(attempt(lambda: _check_hashes(found, exchange)), exchange, DamagedCheckpoint)
-    agree(attempt(lambda: _fill(found, entries)), exchange)
-    return found.state
+    unread = attempt(lambda: manifest.append(read_manifest(path)))
+    unfit = attempt(lambda: _check_entries(manifest[0], entries)) if manifest else None
+    told = exchange.gather_json([unread, unfit, [*(e.name for e in entries), *leaves]])
+    raise_first([one[0] for one in told], DamagedCheckpoint)
+    raise_first([one[1] for one in told])
+    _check_names(manifest[0], [one[2] for one in told])  # of every rank: so all come to the same end
+    agree(attempt(lambda: _check_hashes(manifest[0], exchange)), exchange, DamagedCheckpoint)
+    agree(attempt(lambda: _fill(manifest[0], entries)), exchange)
+    return manifest[0].state
 
 
 def attempt(check: Callable[[], Any]) -> str | None:
@@ -74,10 +76,8 @@ def _check_names(manifest: Manifest, gathered: Sequence[Sequence[str]]) -> None:
 
 
 def _check_hashes(manifest: Manifest, exchange: Exchange) -> None:
-    for index, (name, (_, sha256)) in enumerate(sorted(manifest.files.items())):
-        path = manifest.path.parent / name
-        if index % exchange.size == exchange.rank and hash_file(path) != sha256:
-            raise CheckpointError(f"{path} was altered: its sha256 is not the manifest's; take another checkpoint")
+    for name in sorted(manifest.files)[exchange.rank :: exchange.size]:
+        check_file(manifest, name)
 
 
 def _fill(manifest: Manifest, entries: Sequence[Entry]) -> None:
@@ -88,7 +88,7 @@ def _fill(manifest: Manifest, entries: Sequence[Entry]) -> None:
             cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, entry.box, strict=True))
             target = entry.tensor[cut]
             for block, rows in row_blocks(shared):  # so that what is read lies twice in memory as one block alone
-                target[rows].copy_(read_box(manifest, box, saved.dtype, block))
+                read_box_into(manifest, box, saved.dtype, block, target[rows])
             filled += target.numel()
         if filled != entry.tensor.numel():  # the manifest's boxes tile the tensor, so this cannot be
             raise CheckpointError(f"{manifest.path}: {entry.name} is not covered")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from parallax.checkpoint.files import as_bytes, hash_file, read_global, row_blocks, stream_shard
+from parallax.checkpoint.files import as_bytes, check_file, read_global, row_blocks, stream_shard
 from parallax.checkpoint.manifest import Manifest
 from parallax.checkpoint.place import Place
-from parallax.checkpoint.save import box_name, finish
+from parallax.checkpoint.save import box_name, file_record, finish
 from parallax.checkpoint.store import store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
@@ -49,10 +49,8 @@ def rewrite(
 
 def check_hashes(manifest: Manifest) -> None:
     """Raise CheckpointError unless every file is the one that was saved."""
-    for name, (_, sha256) in manifest.files.items():
-        path = manifest.path.parent / name
-        if hash_file(path) != sha256:
-            raise CheckpointError(f"{path} was altered: its sha256 is not the manifest's; take another checkpoint")
+    for name in sorted(manifest.files):
+        check_file(manifest, name, thorough=True)
 
 
 def _write(manifest: Manifest, temporary: Place, rank: int, boxes: Sequence[tuple[str, Box]]) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def _write(manifest: Manifest, temporary: Place, rank: int, boxes: Sequence[tupl
         (box_name(name, box), manifest.tensors[name].dtype, shape)
         for (name, box), shape in zip(boxes, shapes, strict=True)
     ]
-    size, sha256, offsets = stream_shard(temporary / file, described, data())
+    written = stream_shard(temporary / file, described, data())
     found = [
         {
             "name": name,
@@ -78,6 +76,6 @@ def _write(manifest: Manifest, temporary: Place, rank: int, boxes: Sequence[tupl
             "offset": offset,
             "box": box,
         }
-        for (name, box), offset in zip(boxes, offsets, strict=True)
+        for (name, box), offset in zip(boxes, written.offsets, strict=True)
     ]
-    return {"file": file, "bytes": size, "sha256": sha256, "boxes": found}
+    return file_record(file, written, found)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from parallax.checkpoint.files import NAMES, write_shard
+from parallax.checkpoint.files import NAMES, Written, write_shard
 from parallax.checkpoint.manifest import FORMAT, VERSION, parse_manifest, seal
 from parallax.checkpoint.place import Place, place
 from parallax.checkpoint.store import MANIFEST, STEP, Store, store_of
@@ -47,7 +47,11 @@ class Exchange(Protocol):
 
 def agree(error: str | None, exchange: Exchange, kind: type[CheckpointError] = CheckpointError) -> None:
     """Raise `kind` on every rank if any rank has an error, so that nobody waits for one that gave up."""
-    errors = exchange.gather_json(error)
+    raise_first(exchange.gather_json(error), kind)
+
+
+def raise_first(errors: Sequence[str | None], kind: type[CheckpointError] = CheckpointError) -> None:
+    """Raise `kind` if any rank has an error; errors: of every rank."""
     if found := [(rank, text) for rank, text in enumerate(errors) if text is not None]:
         rank, text = found[0]
         raise kind(text if len(errors) == 1 or len(found) == len(errors) else f"{text} (rank {rank})")
@@ -184,7 +188,7 @@ def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, A
     """This rank's file, and what the manifest must say of it."""
     name = f"rank-{rank:05d}.safetensors"
     named = [(box_name(e.name, e.box), e.tensor) for e in entries]
-    size, sha256, offsets = write_shard(temporary / name, named)
+    written = write_shard(temporary / name, named)
     boxes = [
         {
             "name": e.name,
@@ -193,9 +197,15 @@ def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, A
             "offset": offset,
             "box": e.box,
         }
-        for e, offset in zip(entries, offsets, strict=True)
+        for e, offset in zip(entries, written.offsets, strict=True)
     ]
-    return {"file": name, "bytes": size, "sha256": sha256, "boxes": boxes}
+    return file_record(name, written, boxes)
+
+
+def file_record(name: str, written: Written, boxes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `finish` must know of a file."""
+    sums = {"bytes": written.bytes, "sha256": written.sha256, "crc32": written.crc32}
+    return {"file": name, **sums, "boxes": boxes}
 
 
 def box_name(name: str, box: Box) -> str:
@@ -212,7 +222,7 @@ def finish(
     for record in records:
         if "file" not in record:
             continue
-        files[record["file"]] = {"bytes": record["bytes"], "sha256": record["sha256"]}
+        files[record["file"]] = {key: record[key] for key in ("bytes", "sha256", "crc32")}
         for box in record["boxes"]:
             tensor = tensors.setdefault(
                 box["name"], {"global_shape": box["global_shape"], "dtype": box["dtype"], "boxes": []}

@@ -38,14 +38,18 @@ class Store(Protocol):
         """A file, or its first `limit` bytes and one more."""
         ...
 
-    def blocks(self, path: Any) -> Iterator[bytes]:
-        """A file, block by block."""
+    def blocks(self, path: Any) -> Iterator[bytes | memoryview]:
+        """A file, block by block; a block is gone when the next one comes."""
         ...
 
     def read_part(
         self, path: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], cut: tuple[slice, ...]
     ) -> np.ndarray[Any, Any]:
         """A part of the row-major array at `offset` of a file, in memory of its own; little more than it is read."""
+        ...
+
+    def read_into(self, path: Any, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes at `offset` of a file."""
         ...
 
     def write(
@@ -105,11 +109,11 @@ class LocalStore:
         with os.fdopen(open_regular(path), "rb") as file:
             return file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
 
-    def blocks(self, path: Path) -> Iterator[bytes]:
-        with os.fdopen(open_regular(path), "rb") as file:
-            size = min(BLOCK_BYTES, os.fstat(file.fileno()).st_size + 1)  # read() sets aside what it is asked for
-            while block := file.read(size):
-                yield block
+    def blocks(self, path: Path) -> Iterator[memoryview]:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+            buffer = bytearray(min(BLOCK_BYTES, os.fstat(file.fileno()).st_size + 1))
+            while count := file.readinto(buffer):
+                yield memoryview(buffer)[:count]
 
     def read_part(
         self, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], cut: tuple[slice, ...]
@@ -119,6 +123,18 @@ class LocalStore:
             flat = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(count,))
         return np.array(flat.view(dtype).reshape(shape)[cut])  # the pages that hold it are read, and no others
 
+    def read_into(self, path: Path, offset: int, out: memoryview) -> None:
+        descriptor = open_regular(path)
+        try:
+            done = 0
+            while done < len(out):
+                count = os.preadv(descriptor, [out[done:]], offset + done)
+                if count == 0:
+                    raise OSError(None, "it is shorter than it was", str(path))
+                done += count
+        finally:
+            os.close(descriptor)
+
     def write(
         self,
         path: Path,
@@ -126,12 +142,16 @@ class LocalStore:
         seen: Callable[[bytes | memoryview], object] = lambda block: None,
     ) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
+        with os.fdopen(descriptor, "wb", buffering=0):
+            done = 0
             for piece in pieces:
                 for begin in range(0, len(piece), BLOCK_BYTES):
-                    seen(piece[begin : begin + BLOCK_BYTES])  # hashed while it is in the cache
-                    _write_all(file.fileno(), piece[begin : begin + BLOCK_BYTES])
-            os.fsync(file.fileno())
+                    block = piece[begin : begin + BLOCK_BYTES]
+                    seen(block)  # hashed while it is in the cache
+                    _write_all(descriptor, block)
+                    done += len(block)
+                    _begin_writeback(descriptor, done)
+            os.fsync(descriptor)
 
     def delete(self, path: Path) -> None:
         path.unlink()
@@ -177,6 +197,14 @@ def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
     rest = memoryview(piece)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def _begin_writeback(descriptor: int, stop: int) -> None:
+    """Start to bring what was written so far to the disk, and forget what is there already: so the fsync at the end has
+    little left to wait for, and a save does not push everything else out of the page cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, stop, os.POSIX_FADV_DONTNEED)
 
 
 def open_regular(path: Path) -> int:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from parallax import checkpoint
 from parallax.checkpoint import Entry
+from parallax.checkpoint.store import LocalStore
 from parallax.errors import CheckpointError
 from tests.local.exchange import Exchange, alone, together
 
-# The package gives these names to the functions.
-load_file, save_file = (sys.modules[f"parallax.checkpoint.{name}"] for name in ("load", "save"))
+# The package gives this name to the function.
+save_file = sys.modules["parallax.checkpoint.save"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
 
 
@@ -97,14 +98,18 @@ def test_a_reader_reads_no_more_than_its_boxes(tmp_path: Path, monkeypatch):
     whole = tensor((64, 32))
     path = checkpoint.save(tmp_path, 1, cut_rows(whole, 1, 0), {}, alone())
     asked = []
-    honest = load_file.read_box
+    part, into = LocalStore.read_part, LocalStore.read_into
 
-    def spy(manifest: Any, saved: Any, dtype: str, wanted: Any) -> Tensor:
-        part = honest(manifest, saved, dtype, wanted)
-        asked.append(part.numel())
-        return part
+    def spy_part(self: Any, *args: Any) -> Any:
+        asked.append((found := part(self, *args)).size)
+        return found
 
-    monkeypatch.setattr(load_file, "read_box", spy)
+    def spy_into(self: Any, path: Path, offset: int, out: memoryview) -> None:
+        asked.append(len(out) // 4)
+        into(self, path, offset, out)
+
+    monkeypatch.setattr(LocalStore, "read_part", spy_part)
+    monkeypatch.setattr(LocalStore, "read_into", spy_into)
     target = torch.zeros(64, 32)
     checkpoint.load(path, entries("w", target, [((3, 5), (0, 32)), ((10, 20), (8, 16))]), alone())
     assert asked == [64, 80]
