@@ -6,6 +6,8 @@ Every call adds the bytes that this rank sends, by the bandwidth-optimal count o
 Note: reduce-scatter on gloo. gloo's own reduce-scatter clones its input and reduces all of it: 2.4 ms for
 0.5 MB on 2 ranks, where an all-to-all of the slices and a local sum takes 0.6 ms (4 ranks: 9.1 and 2.3 ms).
 The all-to-all moves the bytes of the optimal algorithm, and sums in rank order, so it is deterministic too.
+
+Where the ranks of an axis share memory (shared_memory.py) the collectives go through it, and are over when they begin.
 """
 
 from __future__ import annotations
@@ -100,6 +102,8 @@ def all_reduce_start(tensor: Tensor, axis: Axis, op: str = "sum") -> Pending:
     if axis.group is None:
         return Pending(tensor)
     _count(axis, "all_reduce", 2 * (axis.size - 1) * tensor.nbytes // axis.size)
+    if axis.board is not None:
+        return Pending(axis.board.all_reduce(tensor, op))
     reduce_op = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
     return Pending(tensor, dist.all_reduce(tensor, op=reduce_op, group=axis.group, async_op=True))
 
@@ -111,7 +115,7 @@ def sum_start(flat: Tensor, axis: Axis) -> Pending:
     bit with where it lies in the vector. With more than two ranks the vector, which they must divide, goes by an
     all-to-all of slices, sums in rank order, and an all-gather. Sends 2(n-1)/n of its bytes, counted by their kinds.
     """
-    if axis.group is None or axis.backend != "gloo" or axis.size == 2:
+    if axis.group is None or axis.backend != "gloo" or axis.size == 2 or axis.board is not None:
         return all_reduce_start(flat, axis)
     own = flat.view(axis.size, -1)[axis.rank]
     return _Chain(reduce_scatter_start(flat, axis), lambda total: all_gather_start(own.copy_(total), axis, out=flat))
@@ -129,6 +133,8 @@ def all_gather_start(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
     shard = shard.contiguous()
     _count(axis, "all_gather", (axis.size - 1) * shard.nbytes)
     whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:])) if out is None else out
+    if axis.board is not None:
+        return Pending(axis.board.all_gather(shard, whole))
     if axis.backend == "gloo" and shard.nbytes >= BY_MESSAGES:
         return _gather_by_messages(whole, shard, axis)
     gather = _named("all_gather_single", "all_gather_into_tensor")
@@ -171,6 +177,8 @@ def reduce_scatter_start(whole: Tensor, axis: Axis) -> Pending:
     whole = whole.contiguous()
     _count(axis, "reduce_scatter", (axis.size - 1) * whole.nbytes // axis.size)
     shape = (whole.shape[0] // axis.size, *whole.shape[1:])
+    if axis.board is not None:
+        return Pending(axis.board.reduce_scatter(whole, whole.new_empty(shape)))
     if axis.backend == "gloo":  # see the note at the top
         parts = torch.empty_like(whole)
         work = dist.all_to_all_single(parts, whole, group=axis.group, async_op=True)
@@ -201,6 +209,8 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     if axis.group is not None:
         if axis.rank == source:
             _count(axis, "broadcast", (axis.size - 1) * tensor.nbytes)
+        if axis.board is not None and tensor.is_contiguous():
+            return axis.board.broadcast(tensor, source)
         dist.broadcast(tensor, axis.ranks[source], group=axis.group)
     return tensor
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Accumulate", "GradSink", "attach"]
+__all__ = ["Accumulate", "GradSink", "attach", "for_autograd"]
 
 Accumulate = Callable[[Tensor], None]
 """Adds one microbatch's gradient to the buffer that it is given."""
@@ -59,6 +59,13 @@ class GradSink:
         accumulate(self.buffer_of(parameter))
         if self.on_accumulated is not None:
             self.on_accumulated(parameter)
+
+
+def for_autograd(parameter: nn.Parameter | None, sink: GradSink | None, x: Tensor) -> nn.Parameter | None:
+    """The parameter where autograd must know of it: without a sink, or where nothing else makes it run the backward.
+    Each that it knows of costs a node of the graph that is visited for nothing.
+    """
+    return None if sink is not None and x.requires_grad else parameter
 
 
 def attach(model: nn.Module, sink: GradSink | None) -> None:

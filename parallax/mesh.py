@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from parallax.errors import MeshError
+from parallax.shared_memory import Board, share
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,8 @@ RANK_AXES = ("pipeline", "data", "context", "tensor")
 POSITIONAL = ("data", "tensor", "pipeline")
 SHORT = {"dp": "data", "tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
 DEFAULT_TIMEOUT_S = 600.0
+SLOT_BYTES, WORLD_SLOT_BYTES = 1 << 20, 1 << 16
+"""Of shared memory, twice a rank: activations on the tensor axis, a few numbers and JSON on that of all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,8 @@ class Axis:
     """One axis as a rank sees it: its peers along that axis, and its place among them.
 
     `group` is None exactly when size is 1; collectives are then the identity. `ranks` are global.
-    `traffic` counts the bytes that comm.py sent for this axis, by kind of collective.
+    `traffic` counts the bytes that comm.py sent for this axis, by kind of collective. `board`: memory that the ranks
+    share, where they are on one machine's CPUs.
     """
 
     name: str
@@ -159,6 +163,7 @@ class Axis:
     group: Any = None
     backend: str = ""
     traffic: Counter[str] = field(default_factory=Counter)
+    board: Board | None = None
 
     @property
     def size(self) -> int:
@@ -252,7 +257,7 @@ def init_mesh(
     backend = "nccl" if device.type == "cuda" else "gloo"
     if shape.size > 1:
         _init_process_group(backend, device, rank, started, timeout_s, init_method)
-    return _build(shape, rank, device, backend)
+    return _build(shape, rank, device, backend, timeout_s)
 
 
 def planned_mesh(mesh: str | MeshShape, rank: int) -> Mesh:
@@ -304,13 +309,22 @@ def _init_process_group(
     )
 
 
-def _build(shape: MeshShape, rank: int, device: torch.device, backend: str, *, live: bool = True) -> Mesh:
+def _build(
+    shape: MeshShape,
+    rank: int,
+    device: torch.device,
+    backend: str,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    *,
+    live: bool = True,
+) -> Mesh:
     def axis(name: str, *over: str, ranks: tuple[int, ...] | None = None) -> Axis:
         peers = ranks or shape.peers(rank, *over)
         group = None
         if live and math.prod(shape.axis_size(a) for a in over) > 1:
             group = _new_group(shape, over, rank)
-        return Axis(name, peers.index(rank), peers, group, backend)
+        board = share(group, rank, peers, SLOT_BYTES, timeout_s) if name == "tensor" and backend == "gloo" else None
+        return Axis(name, peers.index(rank), peers, group, backend, board=board)
 
     data = axis("data", "data")
     # With context at 1 the ranks that sum a gradient are the data peers: one group serves both.
@@ -319,6 +333,8 @@ def _build(shape: MeshShape, rank: int, device: torch.device, backend: str, *, l
     # gloo matches by tag, so one group is two channels already; NCCL needs a communicator per direction.
     up = pipeline if backend == "gloo" else axis("pipeline_up", "pipeline")
     everyone = tuple(range(shape.size))
+    world = _world_group(shape) if live else None
+    board = share(world, rank, everyone, WORLD_SLOT_BYTES, timeout_s) if backend == "gloo" else None
     return Mesh(
         shape=shape,
         rank=rank,
@@ -330,7 +346,7 @@ def _build(shape: MeshShape, rank: int, device: torch.device, backend: str, *, l
         tensor=axis("tensor", "tensor"),
         expert=Axis("expert", 0, (rank,)),
         grad=grad,
-        world=Axis("world", rank, everyone, _world_group(shape) if live else None, backend),
+        world=Axis("world", rank, everyone, world, backend, board=board),
     )
 
 

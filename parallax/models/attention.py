@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
+from parallax.models.blocked_attention import blocked_attention, suits
 from parallax.models.recompute import recomputed
 from parallax.rng import derive_key
 from parallax.tensor.layers import ColumnParallelLinear, Piece, RowParallelLinear
@@ -108,6 +109,8 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(num_samples * length, h * self.head_dim))
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, rows: TokenRows, seed: int | None) -> Tensor:
+        if seed is None and suits(q):
+            return blocked_attention(q, k, v)
         if seed is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         return self._with_dropout(q, k, v, rows, seed)

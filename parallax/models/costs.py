@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from parallax.config import ModelConfig
 
-__all__ = ["fuses_loss", "recomputes_layer", "unit_activations", "unit_costs"]
+__all__ = ["fuses_loss", "keeps_probabilities", "recomputes_layer", "unit_activations", "unit_costs"]
 
 FUSE_ABOVE = 1 << 24
 """Logits of a microbatch on a rank above which they are not held: 64 MB in float32."""
+LONGEST, BLOCK = 512, 64
+"""Of sequences whose attention is written out on a CPU, in blocks of queries (models/blocked_attention.py)."""
+
+
+def keeps_probabilities(length: int, on_cpu: bool, dtype: str) -> bool:
+    """Whether attention keeps its probabilities, which is the faster way for short sequences on a CPU."""
+    return on_cpu and dtype in ("float32", "float64") and BLOCK < length <= LONGEST
 
 
 def fuses_loss(num_tokens: int, width: float) -> bool:
@@ -47,26 +54,33 @@ def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, flo
 
 
 def unit_activations(
-    config: ModelConfig, *, tensor: int = 1, sequence_parallel: bool = False, recompute: str = "none"
+    config: ModelConfig,
+    *,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+    kept_length: int = 0,
 ) -> list[float]:
     """Elements a token that embedding, layers and head keep on a rank from F to B, in this model's layers.
 
     Each norm keeps its input (those of queries and keys too), each column layer its (gathered) input, attention q, k, v
     and its output, which is the row layer's input, the MLP what its activation needs and the row layer's input; the
     head its logits. Dropout masks are recomputed from their keys but their products are kept. A layer that is
-    recomputed keeps its input alone, and attention whose core is, no statistics of it.
+    recomputed keeps its input alone, and attention whose core is, no statistics of it. kept_length: the length of
+    sequences whose probabilities are kept (models/blocked_attention.py), 0 for none.
     """
     hidden, head_dim = config.hidden, config.head_size
     width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
     norm_inputs = 2 * hidden / (tensor if sequence_parallel else 1)
-    cut = 2 * width + 2 * kv_width + config.heads + (4 if config.activation == "swiglu" else 2) * config.ffn_size
+    statistics = config.heads * (1 if not kept_length else (kept_length + BLOCK) / 2)
+    cut = 2 * width + 2 * kv_width + statistics + (4 if config.activation == "swiglu" else 2) * config.ffn_size
     if config.qk_norm:
         cut += width + kv_width
     layer = norm_inputs + 2 * hidden + cut / tensor
     if config.dropout:
         layer += 2 * hidden / (tensor if sequence_parallel else 1)
     if recompute == "selective":
-        layer -= config.heads / tensor
+        layer -= statistics / tensor
     layers = [norm_inputs / 2 if recomputes_layer(recompute, i) else layer for i in range(config.layers)]
     embedding = norm_inputs / 2 if config.dropout else 0.0
     return [embedding, *layers, norm_inputs / 2 + hidden + config.vocab / tensor]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from parallax.config import Config, resolve_batch
 from parallax.config_fields import LOSSY
-from parallax.models.costs import fuses_loss, unit_activations
+from parallax.models.costs import fuses_loss, keeps_probabilities, unit_activations
 from parallax.pipeline.split import Span, Unit
 
 __all__ = ["MemoryModel", "StageMemory"]
@@ -45,8 +45,11 @@ class MemoryModel:
         batch = resolve_batch(config)
         self.tokens = batch.microbatch_size * config.corpus.sequence_length
         self.reduced_at_once = data.reduce == "microbatch" or batch.num_microbatches == 1
+        length, dropout = config.corpus.sequence_length, config.model.dropout
+        kept = keeps_probabilities(length, config.device != "cuda", config.dtype) and not dropout
         self.elements = unit_activations(
             config.model,
+            kept_length=length if kept else 0,
             tensor=shape.tensor,
             sequence_parallel=config.tensor.sequence_parallel and shape.tensor > 1,
             recompute=config.recompute,

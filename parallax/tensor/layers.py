@@ -28,7 +28,7 @@ from parallax.comm import (
     reduce_scatter_start,
 )
 from parallax.errors import ConfigError
-from parallax.gradients import GradSink
+from parallax.gradients import GradSink, for_autograd
 from parallax.mesh import Axis
 from parallax.params import Init, Layout, even_cut, fill
 from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
@@ -97,13 +97,13 @@ def add_into(out: Tensor, grad: Tensor) -> None:
 class _Column(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, layer: ColumnParallelLinear
+        ctx: Any, x: Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None, layer: ColumnParallelLinear
     ) -> Tensor:
         # Kept whole under sequence parallelism: gathering again in the backward would add a third to the traffic.
         x_ND = all_gather(x, layer.tensor) if layer.sequence_parallel else x
         ctx.layer = layer
         ctx.save_for_backward(x_ND)
-        return linear(x_ND, weight, bias, layer.float8)
+        return linear(x_ND, layer.weight, layer.bias, layer.float8)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
@@ -120,14 +120,16 @@ class _Column(torch.autograd.Function):
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, layer: RowParallelLinear
+        ctx: Any, x: Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None, layer: RowParallelLinear
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x)
-        partial = linear(x, weight, None, layer.float8)
+        if layer.tensor.group is None:
+            return linear(x, layer.weight, layer.bias, layer.float8)
+        partial = linear(x, layer.weight, None, layer.float8)
         reduce = reduce_scatter if layer.sequence_parallel else all_reduce
         y = reduce(partial, layer.tensor)
-        return y if bias is None else y.add_(bias)
+        return y if layer.bias is None else y.add_(layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
@@ -150,6 +152,9 @@ class ParallelLinear(nn.Module):
         super().__init__()
         self.tensor, self.sequence_parallel = tensor, sequence_parallel and tensor.size > 1
         self.sink: GradSink | None = None
+
+    def _for_autograd(self, x: Tensor) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        return for_autograd(self.weight, self.sink, x), for_autograd(self.bias, self.sink, x)
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -191,8 +196,8 @@ class ColumnParallelLinear(ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> [..., f]; with sequence_parallel [n, D] -> [N, f]."""
         if self.sequence_parallel or x.dim() == 2:
-            return _Column.apply(x, self.weight, self.bias, self)
-        y = _Column.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
+            return _Column.apply(x, *self._for_autograd(x), self)
+        y = _Column.apply(x.reshape(-1, x.shape[-1]), *self._for_autograd(x), self)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -264,8 +269,8 @@ class RowParallelLinear(ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., f] -> [..., D]; with sequence_parallel [N, f] -> [n, D]."""
         if self.sequence_parallel or x.dim() == 2:
-            return _Row.apply(x, self.weight, self.bias, self)
-        y = _Row.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
+            return _Row.apply(x, *self._for_autograd(x), self)
+        y = _Row.apply(x.reshape(-1, x.shape[-1]), *self._for_autograd(x), self)
         return y.view(*x.shape[:-1], -1)
 
 

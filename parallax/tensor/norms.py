@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallax.gradients import GradSink
+from parallax.gradients import GradSink, for_autograd
 from parallax.mesh import Axis
 from parallax.rng import keep_mask
 from parallax.tensor.layers import add_into, initialize, replicated
@@ -32,12 +32,12 @@ def _send(sink: GradSink | None, parameter: nn.Parameter | None, compute: Any) -
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: RMSNorm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter | None, layer: RMSNorm) -> Tensor:
         wide = _wide(x)
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(layer.eps))
         ctx.layer = layer
         ctx.save_for_backward(x, rstd)
-        return (wide * rstd).to(x.dtype).mul_(weight)
+        return (wide * rstd).to(x.dtype).mul_(layer.weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -53,8 +53,10 @@ class _RMSNorm(torch.autograd.Function):
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, layer: LayerNorm) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, layer.eps)
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None, layer: LayerNorm
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
         ctx.layer = layer
         ctx.save_for_backward(x, mean, rstd)
         return y
@@ -70,9 +72,20 @@ class _LayerNorm(torch.autograd.Function):
                 grad, x, x.shape[-1:], mean, rstd, layer.weight, layer.bias, list(mask)
             )
 
+        sink, bias = layer.sink, layer.bias
+        if (
+            sink is not None
+            and not sink.keeping
+            and layer.weight.requires_grad
+            and (bias is None or bias.requires_grad)
+        ):
+            grad_x, *grads = part(True, True, bias is not None)  # one pass for all three
+            for parameter, found in zip((layer.weight, bias), grads, strict=True):
+                _send(sink, parameter, lambda found=found: found)
+            return grad_x, None, None, None
         grad_x = part(True, False, False)[0]
         weight_grad = _send(layer.sink, layer.weight, lambda: part(False, True, False)[1])
-        bias_grad = _send(layer.sink, layer.bias, lambda: grad.sum(0))
+        bias_grad = _send(layer.sink, layer.bias, lambda: part(False, False, True)[2])
         return grad_x, weight_grad, bias_grad, None
 
 
@@ -105,7 +118,7 @@ class RMSNorm(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self)
+        y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), for_autograd(self.weight, self.sink, x), self)
         return y.view(x.shape)
 
 
@@ -138,7 +151,8 @@ class LayerNorm(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self)
+        known = (for_autograd(parameter, self.sink, x) for parameter in (self.weight, self.bias))
+        y = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), *known, self)
         return y.view(x.shape)
 
 
