@@ -33,8 +33,8 @@ RANK_AXES = ("pipeline", "data", "context", "tensor")
 POSITIONAL = ("data", "tensor", "pipeline")
 SHORT = {"dp": "data", "tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
 DEFAULT_TIMEOUT_S = 600.0
-SLOT_BYTES, WORLD_SLOT_BYTES = 1 << 20, 1 << 16
-"""Of shared memory, twice a rank: activations on the tensor axis, a few numbers and JSON on that of all ranks."""
+SHARED, SLOT_BYTES, WORLD_SLOT_BYTES = ("tensor", "data"), 1 << 20, 1 << 16
+"""Which axes share memory on one machine, and its bytes, twice a rank; those of all ranks carry numbers and JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +323,7 @@ def _build(
         group = None
         if live and math.prod(shape.axis_size(a) for a in over) > 1:
             group = _new_group(shape, over, rank)
-        board = share(group, rank, peers, SLOT_BYTES, timeout_s) if name == "tensor" and backend == "gloo" else None
+        board = share(group, rank, peers, SLOT_BYTES, timeout_s) if name in SHARED and backend == "gloo" else None
         return Axis(name, peers.index(rank), peers, group, backend, board=board)
 
     data = axis("data", "data")

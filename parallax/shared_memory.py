@@ -208,10 +208,7 @@ def share(group: Any, global_rank: int, ranks: Sequence[int], slot_bytes: int, t
     possible = sys.platform == "linux" and platform.machine() == "x86_64" and SHM.is_dir()
     possible = possible and os.environ.get("PARALLAX_SHARED_MEMORY", "1") != "0"
     name = _create(total_bytes(len(ranks), slot_bytes)) if possible and rank == 0 else ""
-    try:
-        here = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if possible else ""
-    except OSError:
-        here = ""
+    here = _whereabouts() if possible else ""
     card = torch.frombuffer(bytearray(f"{here}|{os.getpid()}|{name}".encode().ljust(128)), dtype=torch.uint8)
     cards = [torch.empty_like(card) for _ in ranks]
     dist.all_gather(cards, card, group=group)
@@ -234,6 +231,15 @@ def share(group: Any, global_rank: int, ranks: Sequence[int], slot_bytes: int, t
     finally:
         if file >= 0:
             os.close(file)
+
+
+def _whereabouts() -> str:
+    """The machine since its start, and who sees which processes: ranks look whether the others live."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _create(num_bytes: int) -> str:
