@@ -33,8 +33,8 @@ RANK_AXES = ("pipeline", "data", "context", "tensor")
 POSITIONAL = ("data", "tensor", "pipeline")
 SHORT = {"dp": "data", "tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
 DEFAULT_TIMEOUT_S = 600.0
-SHARED, SLOT_BYTES, WORLD_SLOT_BYTES = ("tensor", "data"), 1 << 20, 1 << 16
-"""Which axes share memory on one machine, and its bytes, twice a rank; those of all ranks carry numbers and JSON."""
+SLOT_BYTES = {"tensor": 1 << 20, "data": 1 << 20, "pipeline": 1 << 16, "world": 1 << 16}
+"""Of shared memory on one machine, twice a rank: for activations and gradients, and for the few numbers of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +323,7 @@ def _build(
         group = None
         if live and math.prod(shape.axis_size(a) for a in over) > 1:
             group = _new_group(shape, over, rank)
-        board = share(group, rank, peers, SLOT_BYTES, timeout_s) if name in SHARED and backend == "gloo" else None
+        board = share(group, rank, peers, SLOT_BYTES.get(name, 0), timeout_s) if backend == "gloo" else None
         return Axis(name, peers.index(rank), peers, group, backend, board=board)
 
     data = axis("data", "data")
@@ -334,7 +334,7 @@ def _build(
     up = pipeline if backend == "gloo" else axis("pipeline_up", "pipeline")
     everyone = tuple(range(shape.size))
     world = _world_group(shape) if live else None
-    board = share(world, rank, everyone, WORLD_SLOT_BYTES, timeout_s) if backend == "gloo" else None
+    board = share(world, rank, everyone, SLOT_BYTES["world"], timeout_s) if backend == "gloo" else None
     return Mesh(
         shape=shape,
         rank=rank,

@@ -199,7 +199,7 @@ def share(group: Any, global_rank: int, ranks: Sequence[int], slot_bytes: int, t
 
     Collectives: an all-gather of 128 bytes and an all-reduce of one number, over the group.
     """
-    if group is None:
+    if group is None or not slot_bytes:
         return None
     rank = ranks.index(global_rank)
     import torch
