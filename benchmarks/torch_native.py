@@ -51,7 +51,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.first:
-            x = self.token(x) + self.position(torch.arange(x.shape[1])[None])
+            x = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device)[None])
         for block in self.blocks.values():
             x = block(x)
         return self.head(self.norm(x)) if self.last else x

@@ -48,6 +48,13 @@ def checkpoint(argv: Sequence[str]) -> int:
     return run_checkpoint(argv)
 
 
+def bench(argv: Sequence[str]) -> int:
+    """How fast this machine trains a configuration on some meshes, beside its own products of matrices."""
+    from parallax.bench_command import run_bench
+
+    return run_bench(argv)
+
+
 def verify_resume(argv: Sequence[str]) -> int:
     """Train 2N steps, and N, a restart, and N more, on the same mesh and on another, and compare all of it."""
     from parallax.verify_resume import run_verify_resume
@@ -59,6 +66,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check, "[config=FILE.yaml] [key=value ...]"),
     "checkpoint": (checkpoint, "ls | show | verify | diff | prune | reshard | export ..."),
     "parity": (parity, "mesh=1x1x1 mesh=2x2x2 [key=value ...]"),
+    "bench": (bench, "[mesh=1x1x1] [mesh=2x1x1] [steps=N] [key=value ...]"),
     "verify-resume": (verify_resume, "[mesh=2x1x1] [mesh=1x2x2] [steps=N] [key=value ...]"),
     "schedule": (schedule, "list | show NAME | export NAME FILE.csv [pipeline=4 num_microbatches=8 ...]"),
 }

@@ -14,13 +14,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallax.config import Config
 from parallax.config_io import load
 from parallax.errors import ConfigError
 from parallax.mesh import MeshShape
 
-__all__ = ["BOUNDS", "Row", "compare", "relative", "run_parity", "run_ranks", "train_rows", "write_rows"]
+__all__ = ["BOUNDS", "Row", "ask_ranks", "compare", "relative", "run_parity", "run_ranks", "train_rows", "write_rows"]
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 """The largest relative difference of loss or gradient norm that rounding explains in the first steps; later on training
@@ -75,7 +76,12 @@ def resolve_global_size(config: Config) -> int:
 
 
 def run_ranks(shape: MeshShape, arguments: Sequence[str], module: str = "parallax.parity") -> list[Row]:
-    """Train on one mesh in processes of its own, each `python -m MODULE RESULT ARGUMENTS`; their log goes to stderr."""
+    """Train on one mesh in processes of its own; the rows that the module's `write_rows` left."""
+    return [Row(**row) for row in ask_ranks(shape, arguments, module)]
+
+
+def ask_ranks(shape: MeshShape, arguments: Sequence[str], module: str) -> Any:
+    """What the ranks of one mesh, each `python -m MODULE RESULT ARGUMENTS`, left as JSON; their log goes to stderr."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable]
@@ -89,7 +95,7 @@ def run_ranks(shape: MeshShape, arguments: Sequence[str], module: str = "paralla
         done = subprocess.run(command, env=environment)
         if done.returncode:
             raise ConfigError(f"the run on mesh {shape} failed (exit code {done.returncode}); its error is above")
-        return [Row(**row) for row in json.loads(result.read_text())]
+        return json.loads(result.read_text())
 
 
 def relative(value: float, reference: float) -> float:

@@ -72,6 +72,7 @@ RANK = {
     "reshard_command": 15,
     "checkpoint_command": 16,
     "verify_resume": 17,
+    "bench_command": 17,
     "cli": 18,
 }
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
