@@ -19,9 +19,13 @@ Accumulate = Callable[[Tensor], None]
 
 
 class GradSink:
-    """Adds weight gradients to flat buffers, now or later, and tells who listens when a parameter has got its share."""
+    """Adds weight gradients to flat buffers, now or later, and tells who listens when a parameter has got its share.
+
+    through_autograd: somebody has hooks on the parameters, which autograd runs where it knows of them alone.
+    """
 
     def __init__(self) -> None:
+        self.through_autograd = False
         self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
         self.on_accumulated: Callable[[nn.Parameter], None] | None = None
         self._kept: list[tuple[nn.Parameter, Accumulate]] | None = None
@@ -65,7 +69,7 @@ def for_autograd(parameter: nn.Parameter | None, sink: GradSink | None, x: Tenso
     """The parameter where autograd must know of it: without a sink, or where nothing else makes it run the backward.
     Each that it knows of costs a node of the graph that is visited for nothing.
     """
-    return None if sink is not None and x.requires_grad else parameter
+    return None if sink is not None and x.requires_grad and not sink.through_autograd else parameter
 
 
 def attach(model: nn.Module, sink: GradSink | None) -> None:

@@ -73,6 +73,8 @@ class Gather:
             block.register_forward_pre_hook(lambda module, args: self._wait(buckets))
             return
         (bucket,) = buckets
+        if self.sink is not None:
+            self.sink.through_autograd = True
         block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket))
         block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output))
         for placed in bucket.placed:
