@@ -217,7 +217,7 @@ def _pipelined(
             return None
         losses: list[Tensor] = []
         loop.step(target=targets, losses=losses, return_outputs=False)
-        return sum(float(_local(loss)) for loss in losses) / len(losses)
+        return sum(float(_local(loss.detach())) for loss in losses) / len(losses)
 
     return run
 
