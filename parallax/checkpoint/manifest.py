@@ -32,6 +32,7 @@ MAX_MANIFEST_BYTES = 1 << 28
 MAX_DIMS = 16
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 """safetensors' names of the dtypes, and their sizes in bytes."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
 SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ')
 FILE_NAME = re.compile(r"rank-\d{5}\.safetensors")
 
@@ -149,8 +150,10 @@ def _count(value: Any) -> int:
 
 
 def _file(data: Any) -> SavedFile:
-    crc32 = data.get("crc32")
-    return SavedFile(_count(data["bytes"]), str(data["sha256"]), None if crc32 is None else _count(crc32))
+    sha256, crc32 = data["sha256"], data.get("crc32")
+    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise ValueError(f"{sha256!r} is no sha256")
+    return SavedFile(_count(data["bytes"]), sha256, None if crc32 is None else _count(crc32))
 
 
 def _tensor(name: str, data: Any, files: Mapping[str, SavedFile]) -> SavedTensor:

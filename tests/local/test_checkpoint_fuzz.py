@@ -171,6 +171,17 @@ def check(data: st.DataObject, saved: Path, folder: Path) -> None:
 LOOSE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
 
+@pytest.mark.parametrize("value", [None, 7, "", "A" * 64, "0" * 63, ["0" * 64]])
+def test_a_file_without_a_hash_is_refused(saved: Path, tmp_path: Path, value: object):
+    path = tmp_path / saved.name
+    shutil.copytree(saved, path)
+    manifest = json.loads(unseal((path / "manifest.json").read_bytes()))
+    manifest["files"]["rank-00000.safetensors"]["sha256"] = value
+    (path / "manifest.json").write_bytes(seal(json.dumps(manifest).encode()))
+    with pytest.raises(CheckpointError, match="is no sha256"):
+        checkpoint.load(path, entries(), alone())
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=5000, suppress_health_check=LOOSE)
 def test_two_hundred_damages(saved: Path, tmp_path: Path, data: st.DataObject):
