@@ -11,6 +11,7 @@ from parallax.comm import all_gather, all_reduce_start, reduce_scatter_start
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
 from parallax.tensor.loss import CrossEntropy
+from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
 
 __all__ = ["OutputLayer", "linear_cross_entropy"]
 
@@ -61,17 +62,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, LOGITS_AT_ONCE // max(1, weight.shape[0]))
         for at in range(0, x_ND.shape[0], step):
             rows = slice(at, at + step)
-            logits = nn.functional.linear(x_ND[rows], weight)
+            logits = linear(x_ND[rows], weight, None)
             chunk = CrossEntropy(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index)
             loss += chunk.loss
             if grad_x is None or grad_weight is None:
                 continue
             grad = chunk.gradient(out=logits)
-            torch.mm(grad, weight, out=grad_x[rows])
-            if grad.dtype == wide:
-                grad_weight.addmm_(grad.t(), x_ND[rows])
-            else:
-                grad_weight.add_(grad.t() @ x_ND[rows])
+            grad_x[rows] = input_grad(grad, weight)
+            accumulate_weight_grad(grad, x_ND[rows], grad_weight)
         ctx.layer = layer
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
