@@ -3,7 +3,7 @@ positions; keyed dropout."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,39 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device,
     return torch.stack([angle.cos(), angle.sin()], dim=1).to(dtype)
 
 
-def apply_rotary(x_BTHK: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (k, k + K/2) of every head by the angle of its position: the half-split layout of Llama."""
-    cos, sin = table[:, 0, None], table[:, 1, None]  # [T, 1, K/2], broadcast over heads
-    first, second = x_BTHK.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+class _Rotary(torch.autograd.Function):
+    """In one pass, into memory of its own: the rest of the heads is copied along, so that all stay side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, num_heads: int) -> Tensor:
+        ctx.num_heads = num_heads
+        ctx.save_for_backward(table)
+        return _rotated(x, table[:, 0, None], table[:, 1, None], num_heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (table,) = ctx.saved_tensors
+        return _rotated(grad, table[:, 0, None], -table[:, 1, None], ctx.num_heads), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """cos, sin: [T, 1, K/2], broadcast over heads."""
+    out = torch.empty_like(x)
+    out[..., num_heads:, :] = x[..., num_heads:, :]
+    first, second = x[..., :num_heads, :].chunk(2, dim=-1)
+    to_first, to_second = out[..., :num_heads, :].chunk(2, dim=-1)
+    torch.mul(first, cos, out=to_first)
+    to_first.addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=to_second)
+    to_second.addcmul_(first, sin)
+    return out
+
+
+def apply_rotary(x_BTHK: Tensor, table: Tensor, num_heads: int) -> Tensor:
+    """Rotate the pairs (k, k + K/2) of the first `num_heads` heads by the angle of their position: the half-split
+    layout of Llama. The other heads (values) stay as they are.
+    """
+    return _Rotary.apply(x_BTHK, table, num_heads)
 
 
 class Attention(nn.Module):
@@ -95,25 +123,26 @@ class Attention(nn.Module):
         num_samples, length = rows.shape
         h, g = self.heads, self.kv_heads
         qkv = self.qkv(x).view(num_samples, length, h + 2 * g, self.head_dim)
-        qk, v = qkv.split([h + g, g], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :h]), self.k_norm(qk[:, :, h:])], dim=2)
+            q, k, v = qkv.split([h, g, g], dim=2)
+            qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2)
         if rotary is not None:
-            qk = apply_rotary(qk, rotary)
-        q, k = qk.split([h, g], dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            qkv = apply_rotary(qkv, rotary, h + g)
         if self.recompute_core and self.training:  # arXiv:2205.05198, section 5: cheap to run, large to keep
-            y = recomputed(self._core, q, k, v, rows, dropout_seed)
+            y = recomputed(self._core, qkv, rows, dropout_seed)
         else:
-            y = self._core(q, k, v, rows, dropout_seed)
-        return self.out(y.transpose(1, 2).reshape(num_samples * length, h * self.head_dim))
+            y = self._core(qkv, rows, dropout_seed)
+        return self.out(y.reshape(num_samples * length, h * self.head_dim))
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, rows: TokenRows, seed: int | None) -> Tensor:
-        if seed is None and suits(q):
-            return blocked_attention(q, k, v)
-        if seed is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        return self._with_dropout(q, k, v, rows, seed)
+    def _core(self, qkv: Tensor, rows: TokenRows, seed: int | None) -> Tensor:
+        """[B, T, h + 2g, K] -> [B, T, h, K]."""
+        if seed is None and suits(qkv):
+            return blocked_attention(qkv, self.heads)
+        q, k, v = (x.transpose(1, 2) for x in qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2))
+        if seed is not None:
+            return self._with_dropout(q, k, v, rows, seed).transpose(1, 2)
+        grouped = self.heads != self.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, rows: TokenRows, seed: int) -> Tensor:
         """The same attention written out, with dropout on the probabilities keyed by (sample, head, query, key)."""

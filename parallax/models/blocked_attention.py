@@ -3,10 +3,14 @@
 torch's fused kernel computes the probabilities again in the backward, and its products are no faster than a library's.
 For up to 512 tokens the probabilities are small enough to keep: half of T x T a head, beside the 2 K T of its keys and
 values. Blocks of queries leave out what lies in their future. Longer sequences, other dtypes and GPUs have the kernel.
+
+Queries, keys and values are read where the fused product left them, and their gradients are written side by side: a
+sample at a time, so that its heads are the batch of a product, and what a block needs stays in the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,62 +21,97 @@ from parallax.models.costs import BLOCK, keeps_probabilities
 __all__ = ["blocked_attention", "suits"]
 
 
-def suits(q_BHTK: Tensor) -> bool:
+def suits(qkv_BTJK: Tensor) -> bool:
     """Whether this way is the faster one."""
-    return keeps_probabilities(q_BHTK.shape[2], q_BHTK.device.type == "cpu", str(q_BHTK.dtype).removeprefix("torch."))
+    dtype = str(qkv_BTJK.dtype).removeprefix("torch.")
+    return keeps_probabilities(qkv_BTJK.shape[1], qkv_BTJK.device.type == "cpu", dtype)
 
 
-def blocked_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over what is not in the future; key/value head i serves query heads i*H/G and on."""
-    return _Blocked.apply(q_BHTK, k_BGTK, v_BGTK)
+def blocked_attention(qkv_BTJK: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over what is not in the future: [B, T, H, K].
+
+    qkv_BTJK: H query heads, then G key heads, then G value heads, J = H + 2G, each row of K contiguous; key/value head
+    i serves query heads i*H/G and on.
+    """
+    return _Blocked.apply(qkv_BTJK, heads)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
+def _parts(qkv_TJK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [G, r, T, K], keys and values [G, T, K] of one sample, in place."""
+    q_THK, k_TGK, v_TGK = qkv_TJK.split([heads, *2 * [(qkv_TJK.shape[1] - heads) // 2]], dim=1)
+    groups = k_TGK.shape[1]
+    q_GrTK = q_THK.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    return q_GrTK, k_TGK.transpose(0, 1), v_TGK.transpose(0, 1)
+
+
 class _Blocked(torch.autograd.Function):
-    """P = B*G problems: r = H/G query heads of n queries each share their keys, so that one product serves them all."""
+    """G problems a sample: r = H/G query heads of n queries each share their keys: one product serves them all."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        num_samples, heads, length, width = q.shape
-        groups = k.shape[1]
-        ctx.repeat, ctx.scale = heads // groups, width**-0.5
-        q_PrTK = (q * ctx.scale).reshape(-1, ctx.repeat, length, width)
-        k_PTK, v_PTK = (x.reshape(-1, length, width) for x in (k, v))
-        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
-        out = torch.empty_like(q_PrTK)
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
+        num_samples, length, _, width = qkv.shape
+        ctx.heads, ctx.scale = heads, width**-0.5
+        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=qkv.dtype).triu_(1)
+        out = qkv.new_empty(num_samples, length, heads, width)
         kept = []
-        for start, stop in _blocks(length):
-            size = stop - start
-            scores = torch.bmm(_rows(q_PrTK, start, stop), k_PTK[:, :stop].transpose(1, 2))
-            scores.view(-1, ctx.repeat, size, stop)[..., start:].add_(future[:size, :size])
-            p = scores.softmax(-1)
-            out[:, :, start:stop] = torch.bmm(p, v_PTK[:, :stop]).view(-1, ctx.repeat, size, width)
-            kept.append(p)
-        ctx.save_for_backward(q_PrTK, k_PTK, v_PTK, *kept)
-        return out.view(num_samples, heads, length, width)
+        for sample, result in zip(qkv, out, strict=True):
+            q, k, v = _parts(sample, heads)
+            repeat = q.shape[1]
+            out_GrTK = result.unflatten(1, (-1, repeat)).permute(1, 2, 0, 3)
+            for start, stop in _blocks(length):
+                size = stop - start
+                scores = _multiply(_rows(q, start, stop), k[:, :stop].transpose(1, 2), ctx.scale)
+                scores.view(-1, repeat, size, stop)[..., start:].add_(future[:size, :size])
+                p = scores.softmax(-1)
+                _write(out_GrTK, start, stop, p, v[:, :stop], 1.0)
+                kept.append(p)
+        ctx.save_for_backward(qkv, *kept)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, *kept = ctx.saved_tensors
-        length, width = k.shape[1:]
-        grad_PrTK = grad.reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        # From the last block, which meets all keys, so that its products begin the sums.
-        for (start, stop), p in reversed(list(zip(_blocks(length), kept, strict=True))):
-            g, last = _rows(grad_PrTK, start, stop), stop == length
-            dv[:, :stop].baddbmm_(p.transpose(1, 2), g, beta=0 if last else 1)
-            dp = torch.bmm(g, v[:, :stop].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            block = torch.bmm(ds, k[:, :stop]).view(-1, ctx.repeat, stop - start, width)
-            torch.mul(block, ctx.scale, out=dq[:, :, start:stop])
-            dk[:, :stop].baddbmm_(ds.transpose(1, 2), _rows(q, start, stop), beta=0 if last else 1)
-        shape = (grad.shape[0], -1, length, width)
-        return dq.view(shape), dk.view(shape), dv.view(shape)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        qkv, *kept = ctx.saved_tensors
+        length, scale = qkv.shape[1], ctx.scale
+        result = torch.empty_like(qkv)
+        probabilities = iter(kept)
+        for sample, grad_sample, d in zip(qkv, grad, result, strict=True):
+            (q, k, v), (dq, dk, dv) = _parts(sample, ctx.heads), _parts(d, ctx.heads)
+            g_GrTK = grad_sample.unflatten(1, (-1, q.shape[1])).permute(1, 2, 0, 3)
+            # From the last block, which meets all keys, so that its products begin the sums.
+            for (start, stop), p in _backwards(length, probabilities):
+                g, more = _rows(g_GrTK, start, stop), int(stop < length)
+                dv[:, :stop].baddbmm_(p.transpose(1, 2), g, beta=more)
+                dp = torch.bmm(g, v[:, :stop].transpose(1, 2))
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+                _write(dq, start, stop, ds, k[:, :stop], scale)
+                dk[:, :stop].baddbmm_(ds.transpose(1, 2), _rows(q, start, stop), beta=more, alpha=scale)
+        return result, None
 
 
-def _rows(x_PrTK: Tensor, start: int, stop: int) -> Tensor:
-    """The block's rows of all r heads, one under the other: [P, r*n, K]."""
-    return x_PrTK[:, :, start:stop].reshape(x_PrTK.shape[0], -1, x_PrTK.shape[3])
+def _backwards(length: int, kept: Iterator[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:
+    """The blocks of the next sample with their probabilities, the last block first."""
+    return [(block, next(kept)) for block in _blocks(length)][::-1]
+
+
+def _rows(x_GrTK: Tensor, start: int, stop: int) -> Tensor:
+    """The block's rows of all r heads, one under the other: [G, r*n, K]; in place where r is 1."""
+    return x_GrTK[:, :, start:stop].reshape(x_GrTK.shape[0], -1, x_GrTK.shape[3])
+
+
+def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor a b, without a pass for the factor."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return out.baddbmm_(a, b, beta=0, alpha=factor)
+
+
+def _write(out_GrTK: Tensor, start: int, stop: int, a: Tensor, b: Tensor, factor: float) -> None:
+    """factor a b into the block's rows of all r heads."""
+    rows = out_GrTK[:, :, start:stop]
+    if rows.shape[1] == 1:
+        rows[:, 0].baddbmm_(a, b, beta=0, alpha=factor)
+    else:
+        rows.copy_(_multiply(a, b, factor).view(rows.shape))

@@ -22,6 +22,7 @@ from parallax.config import ModelConfig
 from parallax.mesh import Mesh
 from parallax.models.attention import Attention, rotary_table
 from parallax.models.costs import fuses_loss, recomputes_layer
+from parallax.models.gelu import gelu
 from parallax.models.offload import offloaded
 from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
@@ -154,7 +155,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
         if not self.gated:
-            return self.down(F.gelu(h, approximate="tanh"))
+            return self.down(gelu(h))
         gate, up = h.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 

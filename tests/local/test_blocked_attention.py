@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parallax.models.attention import apply_rotary, rotary_table
 from parallax.models.blocked_attention import blocked_attention, suits
 from parallax.models.costs import unit_activations
 from tests.cases import GPT2, make_batch, start
@@ -16,27 +17,37 @@ from tests.cases import GPT2, make_batch, start
 def test_it_is_attention(heads: int, groups: int, length: int):
     generator = torch.Generator().manual_seed(length)
     fused = torch.randn(2, length, heads + 2 * groups, 12, dtype=torch.float64, generator=generator)
-    grad = torch.randn(2, heads, length, 12, dtype=torch.float64, generator=generator)
-    found = []
-    for attention in (
-        blocked_attention,
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-    ):
-        q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in fused.split([heads, groups, groups], dim=2))
-        y = attention(q, k, v)
-        y.backward(grad)
-        found.append((y.detach(), q.grad, k.grad, v.grad))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(2, length, heads, 12, dtype=torch.float64, generator=generator)
+    mine, theirs = fused.clone().requires_grad_(), fused.clone().requires_grad_()
+    y = blocked_attention(mine, heads)
+    q, k, v = (x.transpose(1, 2) for x in theirs.split([heads, groups, groups], dim=2))
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    y.backward(grad)
+    wanted.backward(grad)
+    for found, right in ((y, wanted), (mine.grad, theirs.grad)):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+def test_rotary_positions_are_a_rotation_by_complex_numbers():
+    """Of queries and keys alone; the gradient is the rotation back."""
+    x = torch.randn(2, 5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    table = rotary_table(5, 6, 100.0, torch.device("cpu"), torch.float64)
+    y = apply_rotary(x, table, 3)
+    angle = torch.arange(5.0, dtype=torch.float64)[:, None] * 100.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+    turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    wanted = torch.cat([turned.real, turned.imag], dim=-1)
+    torch.testing.assert_close(y[:, :, :3], wanted[:, :, :3], rtol=1e-14, atol=1e-14)
+    assert y[:, :, 3].equal(x[:, :, 3])
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table, 3), (x,))
 
 
 def test_where_it_is_used():
-    def q(length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(1, 2, length, 8, dtype=dtype)
+    def qkv(length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(1, length, 6, 8, dtype=dtype)
 
-    assert suits(q(256)) and suits(q(512, torch.float64))
-    assert not suits(q(64)) and not suits(q(513)) and not suits(q(256, torch.bfloat16))
-    assert not suits(q(256).to("meta"))
+    assert suits(qkv(256)) and suits(qkv(512, torch.float64))
+    assert not suits(qkv(64)) and not suits(qkv(513)) and not suits(qkv(256, torch.bfloat16))
+    assert not suits(qkv(256).to("meta"))
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
