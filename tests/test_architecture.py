@@ -19,6 +19,7 @@ RANK = {
     "errors": 0,
     "rng": 0,
     "plain_json": 0,
+    "processor": 0,
     "shared_memory": 1,
     "mesh": 2,
     "params": 2.5,

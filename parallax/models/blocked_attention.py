@@ -5,7 +5,8 @@ For up to 512 tokens the probabilities are small enough to keep: half of T x T a
 values. Blocks of queries leave out what lies in their future. Longer sequences, other dtypes and GPUs have the kernel.
 
 Queries, keys and values are read where the fused product left them, and their gradients are written side by side: a
-sample at a time, so that its heads are the batch of a product, and what a block needs stays in the cache.
+sample at a time, so that its heads are the batch of a product, and what a block needs stays in the cache. In bfloat16
+the numbers between are float32; what is kept is bfloat16.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class _Blocked(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
         num_samples, length, _, width = qkv.shape
         ctx.heads, ctx.scale = heads, width**-0.5
-        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=qkv.dtype).triu_(1)
-        out = qkv.new_empty(num_samples, length, heads, width)
+        wide = _wide(qkv)
+        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=wide.dtype).triu_(1)
+        out = wide.new_empty(num_samples, length, heads, width)
         kept = []
-        for sample, result in zip(qkv, out, strict=True):
+        for sample, result in zip(wide, out, strict=True):
             q, k, v = _parts(sample, heads)
             repeat = q.shape[1]
             out_GrTK = result.unflatten(1, (-1, repeat)).permute(1, 2, 0, 3)
@@ -68,17 +70,17 @@ class _Blocked(torch.autograd.Function):
                 scores.view(-1, repeat, size, stop)[..., start:].add_(future[:size, :size])
                 p = scores.softmax(-1)
                 _write(out_GrTK, start, stop, p, v[:, :stop], 1.0)
-                kept.append(p)
+                kept.append(p.to(qkv.dtype))
         ctx.save_for_backward(qkv, *kept)
-        return out
+        return out.to(qkv.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         qkv, *kept = ctx.saved_tensors
-        length, scale = qkv.shape[1], ctx.scale
-        result = torch.empty_like(qkv)
-        probabilities = iter(kept)
-        for sample, grad_sample, d in zip(qkv, grad, result, strict=True):
+        length, scale, wide = qkv.shape[1], ctx.scale, _wide(qkv)
+        result = torch.empty_like(wide)
+        probabilities = map(_wide, kept)
+        for sample, grad_sample, d in zip(wide, _wide(grad), result, strict=True):
             (q, k, v), (dq, dk, dv) = _parts(sample, ctx.heads), _parts(d, ctx.heads)
             g_GrTK = grad_sample.unflatten(1, (-1, q.shape[1])).permute(1, 2, 0, 3)
             # From the last block, which meets all keys, so that its products begin the sums.
@@ -89,7 +91,11 @@ class _Blocked(torch.autograd.Function):
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
                 _write(dq, start, stop, ds, k[:, :stop], scale)
                 dk[:, :stop].baddbmm_(ds.transpose(1, 2), _rows(q, start, stop), beta=more, alpha=scale)
-        return result, None
+        return result.to(qkv.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _backwards(length: int, kept: Iterator[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parallax.config import ModelConfig
+from parallax.processor import processor
 
 __all__ = ["fuses_loss", "keeps_probabilities", "recomputes_layer", "unit_activations", "unit_costs"]
 
@@ -13,8 +14,11 @@ LONGEST, BLOCK = 512, 64
 
 
 def keeps_probabilities(length: int, on_cpu: bool, dtype: str) -> bool:
-    """Whether attention keeps its probabilities, which is the faster way for short sequences on a CPU."""
-    return on_cpu and dtype in ("float32", "float64") and BLOCK < length <= LONGEST
+    """Whether attention keeps its probabilities, which is the faster way for short sequences on a CPU. In bfloat16 too,
+    computed in float32, but where the processor multiplies bfloat16 in tiles (AMX): there torch's kernel does it so.
+    """
+    suits = dtype in ("float32", "float64") or dtype == "bfloat16" and "amx_bf16" not in processor().flags
+    return on_cpu and suits and BLOCK < length <= LONGEST
 
 
 def fuses_loss(num_tokens: int, width: float) -> bool:

@@ -7,6 +7,7 @@ on one core of an AMD EPYC (Zen 5), 0.7 ms this way. GPUs have torch's fused ker
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ __all__ = ["gelu"]
 
 TWO_C = 2 * math.sqrt(2 / math.pi)
 A = 0.044715
+CHUNK = 1 << 16
+"""Elements worked on at once: what is made on the way stays in the cache."""
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -33,18 +36,29 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.view(-1).split(CHUNK) for x in tensors), strict=True)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x)
-        wide = _wide(x)
-        return _slope(wide).mul_(wide).sigmoid_().mul_(wide).to(x.dtype)
+        result = torch.empty_like(x)
+        for part, out in _chunks(x, result):
+            wide = _wide(part)
+            torch.mul(_slope(wide).mul_(wide).sigmoid_(), wide, out=out)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        wide, wide_grad = _wide(x), _wide(grad)
-        s = _slope(wide).mul_(wide).sigmoid_()
-        # g s + x g s (1 - s) (2u)'
-        result = torch.ops.aten.sigmoid_backward(wide_grad, s).mul_(wide).mul_(_slope(wide, 3))
-        return result.addcmul_(wide_grad, s).to(x.dtype)
+        result = torch.empty_like(x)
+        for part, part_grad, out in _chunks(x, grad.contiguous(), result):
+            wide, g = _wide(part), _wide(part_grad)
+            s = _slope(wide).mul_(wide).sigmoid_()
+            # g s + x g s (1 - s) (2u)'
+            rest = torch.ops.aten.sigmoid_backward(g, s).mul_(wide).mul_(_slope(wide, 3))
+            torch.addcmul(rest, g, s, out=out)
+        return result

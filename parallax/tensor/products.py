@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from parallax.processor import processor
 from parallax.tensor import float8
 
 __all__ = ["accumulate_weight_grad", "input_grad", "linear", "product"]
@@ -62,9 +63,4 @@ def onednn_is_faster() -> bool:
     """Whether this is an AMD processor with AVX-512, and torch has the operator."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            vendor = next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), "")
-    except OSError:
-        return False
-    return vendor == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return processor().vendor == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")

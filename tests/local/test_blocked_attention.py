@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parallax.models import costs
 from parallax.models.attention import apply_rotary, rotary_table
 from parallax.models.blocked_attention import blocked_attention, suits
 from parallax.models.costs import unit_activations
+from parallax.processor import Processor
 from tests.cases import GPT2, make_batch, start
 
 
@@ -41,13 +43,29 @@ def test_rotary_positions_are_a_rotation_by_complex_numbers():
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table, 3), (x,))
 
 
-def test_where_it_is_used():
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch):
     def qkv(length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(1, length, 6, 8, dtype=dtype)
 
     assert suits(qkv(256)) and suits(qkv(512, torch.float64))
-    assert not suits(qkv(64)) and not suits(qkv(513)) and not suits(qkv(256, torch.bfloat16))
+    assert not suits(qkv(64)) and not suits(qkv(513)) and not suits(qkv(256, torch.float16))
     assert not suits(qkv(256).to("meta"))
+    for flags, expected in ((frozenset({"avx512f"}), True), (frozenset({"avx512f", "amx_bf16"}), False)):
+        monkeypatch.setattr(costs, "processor", lambda flags=flags: Processor("", flags))
+        assert suits(qkv(256, torch.bfloat16)) is expected
+
+
+def test_bfloat16_is_as_near_as_its_own_rounding():
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(2, 200, 10, 16, generator=generator).bfloat16()
+    grad = torch.randn(2, 200, 6, 16, generator=generator).bfloat16()
+    narrow, exact = fused.clone().requires_grad_(), fused.double().requires_grad_()
+    y, wanted = blocked_attention(narrow, 6), blocked_attention(exact, 6)
+    y.backward(grad)
+    wanted.backward(grad.double())
+    assert y.dtype == narrow.grad.dtype == torch.bfloat16
+    assert (y - wanted).abs().max() < 2**-8 * wanted.abs().max()
+    assert (narrow.grad - exact.grad).abs().max() < 2**-7 * exact.grad.abs().max()
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
