@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parallax.comm import gather_json
+from parallax.compiled import require_compiler
 from parallax.config import Config, ResolvedBatch, check, resolve_batch
 from parallax.data.buckets import FlatBuffers
 from parallax.data.choose import CASTS, replicate
@@ -121,6 +122,7 @@ def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBu
         recompute=config.recompute,
         float8=config.dtype == "float8",
         offload=config.offload_activations,
+        compiled=config.compile,
     )
 
 
@@ -135,6 +137,8 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         raise ConfigError("; ".join(problems))
     if config.dtype == "float8":
         require_float8(mesh.device)
+    if config.compile:
+        require_compiler(mesh.device.type)
     baseline = peak_memory_bytes(mesh.device)
     batch = resolve_batch(config)
     plan = plan_stages(config)

@@ -222,6 +222,7 @@ class Config:
         "float32", "dtype of parameters and activations; float8 = bfloat16, the layers' products in 8 bits"
     )
     offload_activations: bool = key(False, "keep the layers' activations in the host's memory until the backward")
+    compile: bool = key(False, "torch.compile for what is elementwise: norms, activations, rotary positions")
     on_nan: Literal["stop", "skip", "rollback"] = key(
         "stop",
         "a gradient that is not finite: stop, skip the step, or go back to a checkpoint",

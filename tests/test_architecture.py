@@ -20,6 +20,7 @@ RANK = {
     "rng": 0,
     "plain_json": 0,
     "processor": 0,
+    "compiled": 1,
     "shared_memory": 1,
     "mesh": 2,
     "params": 2.5,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallax.compiled import pick
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
 from parallax.models.blocked_attention import blocked_attention, suits
@@ -34,15 +35,16 @@ class _Rotary(torch.autograd.Function):
     """In one pass, into memory of its own: the rest of the heads is copied along, so that all stay side by side."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, num_heads: int) -> Tensor:
-        ctx.num_heads = num_heads
+    def forward(ctx: Any, x: Tensor, table: Tensor, num_heads: int, compiled: bool) -> Tensor:
+        ctx.num_heads, ctx.compiled = num_heads, compiled
         ctx.save_for_backward(table)
-        return _rotated(x, table[:, 0, None], table[:, 1, None], num_heads)
+        return pick(_rotated, compiled)(x, table[:, 0, None], table[:, 1, None], num_heads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (table,) = ctx.saved_tensors
-        return _rotated(grad, table[:, 0, None], -table[:, 1, None], ctx.num_heads), None, None
+        rotated = pick(_rotated, ctx.compiled)
+        return rotated(grad, table[:, 0, None], -table[:, 1, None], ctx.num_heads), None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
@@ -58,11 +60,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     return out
 
 
-def apply_rotary(x_BTHK: Tensor, table: Tensor, num_heads: int) -> Tensor:
+def apply_rotary(x_BTHK: Tensor, table: Tensor, num_heads: int, compiled: bool = False) -> Tensor:
     """Rotate the pairs (k, k + K/2) of the first `num_heads` heads by the angle of their position: the half-split
     layout of Llama. The other heads (values) stay as they are.
     """
-    return _Rotary.apply(x_BTHK, table, num_heads)
+    return _Rotary.apply(x_BTHK, table, num_heads, compiled)
 
 
 class Attention(nn.Module):
@@ -71,6 +73,8 @@ class Attention(nn.Module):
     x_nD -> x_nD. H/tensor query heads a rank; G/tensor key/value heads, or one that tensor/G ranks
     share where tensor > G. Collectives: those of the two layers.
     """
+
+    compiled = False
 
     def __init__(
         self, index: int, config: ModelConfig, mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype
@@ -127,7 +131,7 @@ class Attention(nn.Module):
             q, k, v = qkv.split([h, g, g], dim=2)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2)
         if rotary is not None:
-            qkv = apply_rotary(qkv, rotary, h + g)
+            qkv = apply_rotary(qkv, rotary, h + g, self.compiled)
         if self.recompute_core and self.training:  # arXiv:2205.05198, section 5: cheap to run, large to keep
             y = recomputed(self._core, qkv, rows, dropout_seed)
         else:

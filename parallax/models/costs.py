@@ -77,7 +77,7 @@ def unit_activations(
     width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
     norm_inputs = 2 * hidden / (tensor if sequence_parallel else 1)
     statistics = config.heads * (1 if not kept_length else (kept_length + BLOCK) / 2)
-    cut = 2 * width + 2 * kv_width + statistics + (4 if config.activation == "swiglu" else 2) * config.ffn_size
+    cut = 2 * width + 2 * kv_width + statistics + (3 if config.activation == "swiglu" else 2) * config.ffn_size
     if config.qk_norm:
         cut += width + kv_width
     layer = norm_inputs + 2 * hidden + cut / tensor

@@ -14,15 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallax.batches import IGNORE, Microbatch
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
+from parallax.models.activation import gelu, swiglu
 from parallax.models.attention import Attention, rotary_table
 from parallax.models.costs import fuses_loss, recomputes_layer
-from parallax.models.gelu import gelu
 from parallax.models.offload import offloaded
 from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
@@ -126,6 +125,8 @@ class PositionEmbedding(VocabParallelEmbedding):
 class MLP(nn.Module):
     """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) with gate and up in one product. x_nD -> x_nD."""
 
+    compiled = False
+
     def __init__(self, config: ModelConfig, mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.gated = config.activation == "swiglu"
@@ -154,10 +155,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        if not self.gated:
-            return self.down(gelu(h))
-        gate, up = h.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(h, self.compiled) if self.gated else gelu(h, self.compiled))
 
 
 class Layer(nn.Module):
@@ -226,7 +224,7 @@ class Transformer(nn.Module):
     returns the activations for the next stage, or on the last stage scale times the sum of the token losses (float64).
     seed: keys dropout; training alone drops. recompute: none, selective (the core of attention), full (every layer) or
     every-N (one layer of N). float8: the products of the layers' linear layers are in 8 bits. offload: what the layers
-    keep for the backward lives in the host's memory.
+    keep for the backward lives in the host's memory. compiled: what is elementwise goes through torch.compile.
     """
 
     def __init__(
@@ -242,6 +240,7 @@ class Transformer(nn.Module):
         recompute: str = "none",
         float8: bool = False,
         offload: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.seed, self.dtype = config, mesh, seed, dtype
@@ -259,6 +258,9 @@ class Transformer(nn.Module):
         if config.layers + 1 in units:
             self.final_norm = make_norm(*args)
             self.head = Head(*args)
+        for module in self.modules():
+            if hasattr(module, "compiled"):
+                module.compiled = compiled  # type: ignore[assignment]
 
     def boundary_shape(self, num_samples: int, sequence_length: int) -> tuple[int, int]:
         """Shape of the activations that a microbatch sends between stages, on this rank."""

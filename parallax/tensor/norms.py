@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallax.compiled import pick
 from parallax.gradients import GradSink, for_autograd
 from parallax.mesh import Axis
 from parallax.rng import keep_mask
@@ -30,25 +31,38 @@ def _send(sink: GradSink | None, parameter: nn.Parameter | None, compute: Any) -
     return None
 
 
+def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return (wide * rstd).to(x.dtype).mul_(weight), rstd
+
+
+def _rms_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    normal, wide = _wide(x) * rstd, _wide(grad)
+    scaled = wide * weight
+    along = (scaled * normal).mean(-1, keepdim=True)
+    return scaled.sub_(normal * along).mul_(rstd).to(x.dtype)
+
+
+def _rms_weight_grad(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    return (_wide(grad) * (_wide(x) * rstd)).sum(0)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter | None, layer: RMSNorm) -> Tensor:
-        wide = _wide(x)
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(layer.eps))
+        y, rstd = pick(_rms_forward, layer.compiled)(x, layer.weight, layer.eps)
         ctx.layer = layer
         ctx.save_for_backward(x, rstd)
-        return (wide * rstd).to(x.dtype).mul_(layer.weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         layer: RMSNorm = ctx.layer
         x, rstd = ctx.saved_tensors
-        normal, wide = _wide(x) * rstd, _wide(grad)
-        scaled = wide * layer.weight
-        along = (scaled * normal).mean(-1, keepdim=True)
-        grad_x = scaled.sub_(normal * along).mul_(rstd).to(x.dtype)
-        weight_grad = _send(layer.sink, layer.weight, lambda: (_wide(grad) * (_wide(x) * rstd)).sum(0))
-        return grad_x, weight_grad, None
+        grad_x = pick(_rms_backward, layer.compiled)(grad, x, rstd, layer.weight)
+        weigh = pick(_rms_weight_grad, layer.compiled)
+        return grad_x, _send(layer.sink, layer.weight, lambda: weigh(grad, x, rstd)), None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -97,8 +111,11 @@ def _wide(x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight over the last dim (arXiv:1910.07467). [n, D] -> [n, D]; weight [D], replicated on tensor.
 
-    Collectives: none; with sequence_parallel the weight gradient is a partial sum over tensor.
+    Collectives: none; with sequence_parallel the weight gradient is a partial sum over tensor. compiled: its arithmetic
+    goes through torch.compile.
     """
+
+    compiled = False
 
     def __init__(
         self,

@@ -1,0 +1,64 @@
+"""The activations are torch's, forward and backward, and so is what torch.compile makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parallax.compiled import require_compiler
+from parallax.errors import ConfigError
+from parallax.models.activation import gelu, swiglu
+from tests.cases import VARIANTS, train, worst
+
+NEAR = {torch.float64: 5e-14, torch.float32: 3e-6, torch.bfloat16: 8e-3}  # torch itself is 3e-6 off in float32
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_it_is_torchs(dtype: torch.dtype):
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4, 3e38, -3e38])]).to(dtype)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, wanted = gelu(x), F.gelu(exact, approximate="tanh")
+    y.backward(grad)
+    wanted.backward(grad.double())
+    assert y.dtype == dtype and x.grad is not None and exact.grad is not None
+    usual = slice(0, -4)  # the rest is so large that only signs and zeros are of interest
+    for mine, theirs in ((y, wanted), (x.grad, exact.grad)):
+        apart = (mine.detach().double() - theirs.detach()).abs()[usual] / theirs.detach().abs()[usual].clamp(min=1)
+        assert apart.max() <= NEAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_large_stays_finite(dtype: torch.dtype):
+    x = torch.tensor([1e4, -1e4, 1e18, -1e18], dtype=dtype, requires_grad=True)
+    y = gelu(x)
+    y.backward(torch.ones_like(y))
+    assert y.tolist() == [x[0], 0, x[2], 0] and x.grad is not None and x.grad.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_swiglu_is_written_out(dtype: torch.dtype):
+    x = torch.randn(7, 12, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    again = x.detach().clone().requires_grad_()
+    grad = torch.randn(7, 6, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    y, wanted = swiglu(x), F.silu(again[:, :6]) * again[:, 6:]
+    y.backward(grad)
+    wanted.backward(grad)
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", ["gpt2-tied", "llama"])
+def test_compiled_trains_the_same_model(variant: str):
+    """In float64, to what the order of sums may change."""
+    plain = train("1x1x1", VARIANTS[variant])
+    assert worst(train("1x1x1", VARIANTS[variant] | {"compile": "true"}), plain) <= 1e-10
+
+
+def test_no_compiler_is_one_error_with_the_fix(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="there is no no-such-compiler; install g"):
+        require_compiler("cpu")
