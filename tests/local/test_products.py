@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallax.processor import Processor
 from parallax.tensor import products
 
 WIDE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
@@ -63,3 +64,11 @@ def test_the_same_bits_every_time(library: str):
     x, w = torch.randn(512, 256), torch.randn(768, 256)
     first = products.linear(x, w, None)
     assert all(products.linear(x, w, None).equal(first) for _ in range(5))
+
+
+def test_which_library_follows_from_the_processor_alone(monkeypatch: pytest.MonkeyPatch):
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    for vendor, expected in (("AuthenticAMD", wide), ("GenuineIntel", False), ("", False)):
+        monkeypatch.setattr(products, "processor", lambda vendor=vendor: Processor(vendor))
+        assert products.onednn_is_faster.__wrapped__() is expected
+    assert not any(products.suits_onednn(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
