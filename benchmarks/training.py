@@ -2,13 +2,19 @@
 
     python benchmarks/training.py [mesh=2x2x2,1x1x2] [rounds=7] [peers=native,fsdp] [sp=false|true|both] [append=FILE]
 
+peers: of torch alone native (DDP, DTensor, 1F1B), fsdp, replicate; megatron and megatron-sdpa (megatron_peer.py);
+deepspeed0 to deepspeed3, by the stage of ZeRO (deepspeed_peer.py), beside which +data.zero=1 belongs to parallax. Who
+is not installed has a row that says so; who cannot run a mesh has none.
+
 GPT-2 shaped, 8 layers of 256, 8 heads, 256 tokens, 512 words, 6.65 M parameters; global batch 16 in microbatches of 2,
 float32, AdamW, no clipping. One thread a rank. A row whose losses differ by more than 1e-5 is void.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +27,10 @@ GLOBAL_BATCH, MICROBATCH = 16, 2
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 MESHES = ("1x1x1", "2x1x1", "4x1x1", "1x2x1", "1x4x1", "1x1x2", "1x1x4", "2x1x2", "2x2x1", "2x2x2")
 NATIVE = {"native": "ddp", "fsdp": "fsdp", "replicate": "replicate"}
+MEGATRON = ("megatron", "megatron-sdpa")
+DEEPSPEED = {f"deepspeed{level}": level for level in range(4)}
+PEERS = (*NATIVE, *MEGATRON, *DEEPSPEED)
+USUAL = ("native", "replicate", "fsdp", "megatron", "deepspeed0")
 
 
 def keys_of(mesh: str, sequence_parallel: bool, extra: list[str]) -> list[str]:
@@ -46,24 +56,31 @@ def data_of(step: int, rank: int, size: int) -> Any:
     return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
 
 
-def build_parallax(mesh_text: str, sequence_parallel: bool, extra: list[str]) -> Callable[[int], float | None]:
+def assembled(mesh_text: str, sequence_parallel: bool, extra: list[str]) -> tuple[Any, Any]:
+    """The run and the state of parallax on this rank."""
     import torch
 
     from parallax.assemble import assemble
-    from parallax.batches import Batch
     from parallax.config_io import load
     from parallax.mesh import init_mesh
-    from parallax.step import train_step
 
     torch.set_num_threads(1)
     config = load(keys_of(mesh_text, sequence_parallel, extra))
-    mesh = init_mesh(config.mesh, device_type="cpu")
-    run, state = assemble(config, mesh)
-    each = GLOBAL_BATCH // mesh.data.size
-    samples = torch.arange(mesh.data.rank * each, (mesh.data.rank + 1) * each)
+    return assemble(config, init_mesh(config.mesh, device_type="cpu"))
+
+
+def step_of(run: Any, state: Any) -> Callable[[int], float | None]:
+    import torch
+
+    from parallax.batches import Batch
+    from parallax.step import train_step
+
+    data = run.mesh.data
+    each = GLOBAL_BATCH // data.size
+    samples = torch.arange(data.rank * each, (data.rank + 1) * each)
 
     def step(number: int) -> float:
-        return train_step(run, state, Batch(*data_of(number, mesh.data.rank, mesh.data.size), samples, number)).loss
+        return train_step(run, state, Batch(*data_of(number, data.rank, data.size), samples, number)).loss
 
     return step
 
@@ -79,18 +96,22 @@ def first_weights() -> dict[str, Any]:
     return {spec.name: spec.view(named[spec.parameter].detach()).clone() for spec in run.specs[0]}
 
 
-def build_native(mesh_text: str, sequence_parallel: bool, how: str) -> Callable[[int], float | None]:
-    import os
-
+def build_peer(name: str, mesh_text: str, sequence_parallel: bool) -> Callable[[int], float | None]:
     import torch
-    import torch_native
 
     torch.set_num_threads(1)
     data, tensor, pipeline = map(int, mesh_text.split("x"))
-    options = {"global_batch": GLOBAL_BATCH, "microbatch": MICROBATCH, "sequence_parallel": sequence_parallel}
-    act = torch_native.build(
-        data, tensor, pipeline, shape=SHAPE, weights=first_weights(), adamw=ADAMW, how=how, **options
-    )
+    given: dict[str, Any] = {"shape": SHAPE, "weights": first_weights(), "adamw": ADAMW}
+    given |= {"global_batch": GLOBAL_BATCH, "microbatch": MICROBATCH}
+    if name in DEEPSPEED:
+        file, given["level"] = "deepspeed_peer", DEEPSPEED[name]
+    else:
+        given["sequence_parallel"] = sequence_parallel
+        if name in NATIVE:
+            file, given["how"] = "torch_native", NATIVE[name]
+        else:
+            file, given["torch_attention"] = "megatron_peer", name == "megatron-sdpa"
+    act = importlib.import_module(file).build(data, tensor, pipeline, **given)
     rank = int(os.environ["RANK"]) // tensor % data
 
     return lambda number: act(*data_of(number, rank, data))
@@ -101,22 +122,36 @@ def candidates(mesh: str, peers: list[str]) -> list[str]:
     data, tensor, pipeline = map(int, mesh.split("x"))
     found = []
     for peer in peers:
+        if peer not in PEERS:
+            raise SystemExit(f"peers={peer} is none of {', '.join(PEERS)}")
         if peer == "fsdp" and data == 1 or peer == "replicate" and data == 1:
             continue
         if peer == "native" and data > 1 and tensor > 1:
+            continue
+        if peer in DEEPSPEED and (tensor > 1 or pipeline > 1 and DEEPSPEED[peer] > 1):
             continue
         found.append(peer)
     return found
 
 
+def missing(peer: str) -> bool:
+    """True where what a peer needs is not installed."""
+    import deepspeed_peer
+    import megatron_peer
+
+    return peer in MEGATRON and megatron_peer.missing() or peer in DEEPSPEED and deepspeed_peer.missing()
+
+
 def measure(mesh: str, sequence_parallel: bool, peers: list[str], rounds: int, extra: list[str]) -> list[Row]:
     size = math.prod(map(int, mesh.split("x")))
     teams = []
-    for name in ("parallax", *candidates(mesh, peers)):
+    names = candidates(mesh, peers)
+    absent = [Row(name, error="not installed") for name in names if missing(name)]
+    for name in ("parallax", *(name for name in names if not missing(name))):
         arguments = [name, mesh, str(sequence_parallel).lower(), *(extra if name == "parallax" else [])]
         teams.append(Team(name, size, arguments, Path(__file__).resolve()))
     try:
-        return compare(teams, rounds)
+        return compare(teams, rounds) + absent
     finally:
         for team in teams:
             team.end()
@@ -147,7 +182,7 @@ def table(mesh: str, sequence_parallel: bool, rows: list[Row]) -> list[str]:
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:] if not argument.startswith("+"))
     extra = [argument[1:] for argument in sys.argv[1:] if argument.startswith("+")]
-    rounds, peers = int(options.get("rounds", "7")), options.get("peers", "native,replicate,fsdp").split(",")
+    rounds, peers = int(options.get("rounds", "7")), options.get("peers", ",".join(USUAL)).split(",")
     wish = options.get("sp", "both")
     said = [f"`python {' '.join(sys.argv)}`: {machine()}", ""]
     said += ["| mesh | who | ms | CPU ms | peak MB | sent MB | time | CPU | memory | bytes |", "|" + "---|" * 10]
@@ -166,9 +201,9 @@ def main() -> None:
 def rank_main(arguments: list[str]) -> None:
     name, mesh, sequence_parallel, *extra = arguments
     if name == "parallax":
-        serve(lambda: build_parallax(mesh, sequence_parallel == "true", extra))
+        serve(lambda: step_of(*assembled(mesh, sequence_parallel == "true", extra)))
     else:
-        serve(lambda: build_native(mesh, sequence_parallel == "true", NATIVE[name]))
+        serve(lambda: build_peer(name, mesh, sequence_parallel == "true"))
 
 
 if __name__ == "__main__":
