@@ -98,15 +98,14 @@ def product_rate(rows: int, config: Config, dtype: Any, device: Any) -> float:
     """FLOPs a second of this rank's up and down products, forward and backward."""
     import torch
 
+    from parallax.tensor.products import linear, product
+
     hidden, width = config.model.hidden, max(1, config.model.ffn_size // config.mesh_shape.tensor)
-    x, up = (
-        torch.randn(rows, hidden, device=device, dtype=dtype),
-        torch.randn(hidden, width, device=device, dtype=dtype),
-    )
-    y = x @ up
+    x, up = (torch.randn(size, hidden, device=device, dtype=dtype) for size in (rows, width))
+    y = linear(x, up, None)
 
     def once() -> None:
-        y @ up.t(), x.t() @ y, x @ up  # noqa: B018 - the time is what is wanted
+        linear(x, up, None), product(y, up), product(y.t(), x)
 
     once()
     begun, count = time.perf_counter(), 0
