@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DamagedCheckpoint",
     "MeshError",
+    "NewerCheckpoint",
     "ParallaxError",
     "ReplicaError",
     "ScheduleError",
@@ -42,6 +43,10 @@ class CheckpointError(ParallaxError):
 
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not what was saved: an older one may do."""
+
+
+class NewerCheckpoint(CheckpointError):
+    """A checkpoint of a later parallax: sound, as far as this one can tell, so an older one must not take its place."""
 
 
 class ReplicaError(ParallaxError):

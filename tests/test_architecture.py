@@ -55,6 +55,7 @@ RANK = {
     "models": 11,
     "replicas": 11,
     "owed": 11,
+    "saved_state": 11,
     "postmortem": 11,
     "step": 12,
     "assemble": 13,
