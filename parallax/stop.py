@@ -75,7 +75,7 @@ class Stop:
 
 
 def _end_at_a_second(pipe: int) -> None:
-    """Read the numbers of the signals as they come, even while the main thread is in a call that lets no handler run."""
+    """Read the signals' numbers as they come, even while the main thread is in a call that lets no handler run."""
     first: float | None = None
     while numbers := os.read(pipe, 64):
         for number in numbers:

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, overlaps
 from parallax.checkpoint.place import Place
 from parallax.checkpoint.store import store_of
-from parallax.errors import CheckpointError
+from parallax.errors import CheckpointError, DamagedCheckpoint
 from parallax.params import Box
 
 __all__ = [
@@ -106,8 +106,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def check_file(manifest: Manifest, name: str, *, thorough: bool = False) -> None:
-    """Raise CheckpointError unless a file is the one that was saved: by crc32, which shows any accident but one in four
-    thousand million, or by sha256 where thorough.
+    """Raise DamagedCheckpoint unless a file is the one that was saved: by crc32, which shows any accident but one in
+    four thousand million, or by sha256 where thorough.
     """
     path, file = manifest.path.parent / name, manifest.files[name]
     by_crc32 = file.crc32 is not None and not thorough
@@ -119,7 +119,7 @@ def check_file(manifest: Manifest, name: str, *, thorough: bool = False) -> None
             digest.update(block)
     if crc32 != file.crc32 if by_crc32 else digest.hexdigest() != file.sha256:
         kind = "crc32" if by_crc32 else "sha256"
-        raise CheckpointError(f"{path} was altered: its {kind} is not the manifest's; take another checkpoint")
+        raise DamagedCheckpoint(f"{path} was altered: its {kind} is not the manifest's; take another checkpoint")
 
 
 def read_box_into(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box, out: Tensor) -> None:

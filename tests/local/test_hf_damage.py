@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from parallax.checkpoint.hf_export import export_hf
 from parallax.checkpoint.hf_files import INDEX, SINGLE, read_hf_headers
 from parallax.errors import CheckpointError
+from parallax.plain_json import ROOM_BYTES
 from parallax.resume import Checkpoints
 from tests.hf_models import run_of, save_our_model
 
@@ -95,6 +97,19 @@ def test_the_length_of_the_header_is_checked_before_it_is_read(original: Path, t
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(CheckpointError, match=f"its header has {length} bytes"):
         read_hf_headers(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("where", [SINGLE, INDEX])
+def test_a_header_takes_no_more_memory_than_twice_the_files_and_32_mb(tmp_path: Path, where: str):
+    """A million empty lists: 3 MB took 70."""
+    text = b'{"__metadata__":[' + b"[]," * 1_000_000 + b"[]]}"
+    (tmp_path / where).write_bytes(len(text).to_bytes(8, "little") + text if where == SINGLE else text)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="more memory than there is room"):
+        read_hf_headers(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 2 * len(text) + ROOM_BYTES
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1, -5000])
