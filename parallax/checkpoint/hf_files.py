@@ -2,7 +2,8 @@
 
 The safetensors library takes duplicate keys, absurd ranks and any name; an index may point anywhere. So headers are
 read here: their sizes and the memory they would take before anything is allocated, every shape against its bytes, the
-bytes against the file, and that the tensors fill the file without gap or overlap. Shards are regular files beside the index, by plain names.
+bytes against the file, and that the tensors fill the file without gap or overlap. Shards are regular files beside the
+index, by plain names.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from parallax.checkpoint.manifest import DTYPES, MAX_DIMS
-from parallax.checkpoint.store import open_regular
 from parallax.errors import CheckpointError
+from parallax.plain_files import open_regular
 from parallax.plain_json import ROOM_BYTES, parse_json
 
 __all__ = ["INDEX", "SINGLE", "StoredTensor", "read_hf_headers"]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from parallax.checkpoint.hf_export import export_hf
 from parallax.checkpoint.hf_files import INDEX, SINGLE, read_hf_headers
-from parallax.errors import CheckpointError
+from parallax.config_hf import read_hf_config
+from parallax.errors import CheckpointError, ConfigError
 from parallax.plain_json import ROOM_BYTES
 from parallax.resume import Checkpoints
 from tests.hf_models import run_of, save_our_model
@@ -192,3 +193,17 @@ def test_missing_and_unknown_weights_are_named_and_nothing_changes(original: Pat
     attempt("of shape \\(47,\\), its config.json says", lambda t: t.update({NORM: torch.ones(47)}))
     attempt("weights must be F64", lambda t: t.update({NORM: torch.ones(48, dtype=torch.int32)}))
     assert math.isfinite(float(before.sum()))
+
+
+def test_a_config_that_is_a_link_is_not_followed(original: Path, tmp_path: Path):
+    shutil.copytree(original / "single", tmp_path / "hf")
+    (tmp_path / "hf/config.json").rename(tmp_path / "outside.json")
+    (tmp_path / "hf/config.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ConfigError, match="it must be a regular file, no link"):
+        read_hf_config(tmp_path / "hf")
+    shutil.copytree(original / "run", tmp_path / "run")
+    shutil.copytree(tmp_path / "hf", tmp_path / "run/hf", symlinks=True)
+    step = next((tmp_path / "run/checkpoints").iterdir())
+    with pytest.raises(ConfigError, match="it must be a regular file, no link"):
+        export_hf(step, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
