@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ def told(where: int) -> list[tuple[bool, ...]]:
             train_step(run, state, make_batch(run.config, run.mesh, state.step), stop)
         else:
             batches = iter([make_batch(run.config, run.mesh, 90), make_batch(run.config, run.mesh, 91)])
-            evaluate(run, batches, stop)
+            assert math.isnan(evaluate(run, batches, stop))
             stop.here = len(list(batches)) == 1  # the second one was not looked at
         found.append((before, stop.agreed, stop.here if when == "validation" else True))
     return found
@@ -172,6 +173,18 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(started, tmp_path: P
     os.kill(stuck, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert "SIGTERM is the second signal: ended at once" in err
+
+
+def test_a_validation_that_is_cut_short_leaves_no_val_loss(started, tmp_path: Path):
+    """The mean of its first batches is another number than that of all."""
+    options = ["steps=100000", "output=cut", "validation.every=2", "validation.batches=100000", "checkpoint.every=0"]
+    process = started(1, *options)
+    wait_for(tmp_path / "cut/metrics.jsonl", 1, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "ended after step 2" in out, err
+    assert [row.get("val_loss", "none") for row in rows(tmp_path / "cut")] == ["none", "none"]
 
 
 def test_two_runs_in_one_directory_are_refused_and_a_dead_one_is_no_run(started, tmp_path: Path):
