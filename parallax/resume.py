@@ -86,6 +86,10 @@ def _warning(error: object) -> str:
     return f"WARNING: {error}; nothing is lost so far: the run goes on, the next save is tried as usual"
 
 
+def _saved(path: Place, took_s: float, warning: str | None) -> str:
+    return f"saved {path} in {took_s:.2f} s" + (f"\n{_warning(warning)}" if warning else "")
+
+
 @dataclass(frozen=True, slots=True)
 class _Exchange:
     """How the checkpoint room talks to the other ranks: JSON over the world group."""
@@ -146,12 +150,13 @@ class Checkpoints:
                 self._under_way = checkpoint.BackgroundSave(**self._what_to_save(state), staging=self._staging)
                 stall = time.perf_counter() - begun
                 return said + f"saving {self._under_way.target} in the background; the training waited {stall:.3f} s"
-            path = self.save(state)
+            told: list[str] = []
+            path = checkpoint.save(**self._what_to_save(state), told=told)
         except CheckpointError as error:
             if last:
                 raise
             return said + _warning(error)
-        return said + f"saved {path} in {time.perf_counter() - begun:.2f} s"
+        return said + _saved(path, time.perf_counter() - begun, told[0] if told else None)
 
     def news(self) -> list[str]:
         """What there is to say of a save in the background, on the rank that knows; not a collective."""
@@ -159,7 +164,7 @@ class Checkpoints:
         if save is None or self._told or not save.done:
             return []
         self._told = True
-        return [_warning(save.error) if save.error else f"saved {save.target} in {save.took_s:.2f} s"]
+        return [_warning(save.error) if save.error else _saved(save.target, save.took_s, save.warning)]
 
     def _wait(self, *, raises: bool) -> str:
         """Return when no save is under way, with what was not said yet of the last. Collectives: its error, once."""
@@ -173,7 +178,7 @@ class Checkpoints:
             raise CheckpointError(errors[0])
         if told:
             return ""
-        return (_warning(errors[0]) if errors else f"saved {save.target} in {save.took_s:.2f} s") + "\n"
+        return (_warning(errors[0]) if errors else _saved(save.target, save.took_s, save.warning)) + "\n"
 
     def how_to_go_on(self) -> str:
         """For the last line of a run that ends early."""

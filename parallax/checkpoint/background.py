@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from parallax.checkpoint.place import Place
-from parallax.checkpoint.save import Begun, Entry, Exchange, begin, prune
+from parallax.checkpoint.save import Begun, Entry, Exchange, begin, thin_out
 from parallax.checkpoint.store import store_of
 from parallax.params import Box
 
@@ -54,8 +54,8 @@ class BackgroundSave:
     """One save under way. `thread` ends when this rank's part is done; rank 0's when the checkpoint is there.
 
     staging: a dict that keeps the memory of the copies for the next save: new memory costs six times the copying.
-    error: what went wrong, once `done`. stall_s: how long the training waited. Made on all ranks together: collectives
-    and errors as those of `begin`.
+    error: what went wrong, once `done`; warning: what went wrong with older checkpoints, when this one was complete.
+    stall_s: how long the training waited. Made on all ranks together: collectives and errors as those of `begin`.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class BackgroundSave:
         copies = _copies(self._begun.mine, {} if staging is None else staging)
         self._size, self._keep, self._keep_every = exchange.size, keep, keep_every
         self.error: str | None = None
+        self.warning: str | None = None
         self.target = self._begun.target
         self.took_s = 0.0
         self.thread = threading.Thread(target=self._work, args=(copies,), name=f"save-{step}", daemon=True)
@@ -111,7 +112,7 @@ class BackgroundSave:
             store_of(path).delete(path)
         self.error = self._begun.finish(records)
         if self.error is None and self._keep:
-            prune(self.target.parent, self._keep, self._keep_every, self.target)
+            self.warning = thin_out(self.target.parent, self._keep, self._keep_every, self.target)
 
     def _read(self, path: Place) -> dict[str, Any]:
         """A rank's record, once it is whole."""

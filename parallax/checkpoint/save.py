@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from parallax.checkpoint.files import NAMES, Written, write_shard
-from parallax.checkpoint.manifest import FORMAT, VERSION, parse_manifest, seal
+from parallax.checkpoint.manifest import FORMAT, VERSION, parse_manifest, read_manifest, seal
 from parallax.checkpoint.place import Place, place
 from parallax.checkpoint.store import MANIFEST, STEP, Store, store_of
 from parallax.errors import CheckpointError
@@ -66,13 +66,15 @@ def save(
     *,
     keep: int = 0,
     keep_every: int = 0,
+    told: list[str] | None = None,
 ) -> Place:
     """Write DIRECTORY/step-N. Returns it once it is complete and durable.
 
     Of ranks that hold the same box one writes it, chosen by a hash of its name so that the work is spread. Files are
     written to a temporary directory, fsynced and hashed; the manifest is written by rank 0; the rename comes last.
     keep: how many checkpoints stay, newest first; 0 is all. keep_every: those of a multiple of so many steps stay
-    too. Collectives: three exchanges of JSON.
+    too. told: gets what went wrong afterwards, when the checkpoint is there and only older ones could not be deleted.
+    Collectives: exchanges of JSON.
     Raises CheckpointError on every rank if any fails; what was there before is untouched.
     """
     begun = begin(directory, step, entries, state, exchange)
@@ -85,8 +87,8 @@ def save(
         if exchange.rank == 0:
             begun.give_up()
         raise
-    if exchange.rank == 0 and keep:
-        prune(directory, keep, keep_every, begun.target)
+    if exchange.rank == 0 and keep and (warning := thin_out(directory, keep, keep_every, begun.target)):
+        (told if told is not None else []).append(warning)
     return begun.target
 
 
@@ -263,20 +265,50 @@ def latest(directory: Place) -> Place | None:
     return found[-1] if found else None
 
 
-def prune(directory: Place, keep: int, keep_every: int = 0, saved: Place | None = None) -> list[Place]:
-    """Delete all but the highest `keep` steps, multiples of keep_every, and the one just saved, which a run that went
-    back may have below them. Returns what is gone.
+def prune(
+    directory: Place,
+    keep: int,
+    keep_every: int = 0,
+    saved: Place | None = None,
+    check: Callable[[Place], object] = read_manifest,
+) -> list[Place]:
+    """Delete what is older than the newest `keep` that are sound, but multiples of keep_every, and the one just saved,
+    which a run that went back may have below them. Returns what is gone.
+
+    check: raises CheckpointError or OSError where one is not sound. Of those that are not, the ones among the newest
+    stay as well: they count for nothing, and someone may want to look at them.
     """
+    sound, old = 0, []
+    for path in reversed(find(directory)) if keep > 0 else []:
+        if sound < keep:
+            sound += path == saved or _passes(check, path)
+        elif path != saved and not (keep_every and step_of(path) % keep_every == 0):
+            old.append(path)
     gone = []
-    for path in find(directory)[:-keep]:
-        if path == saved or (keep_every and step_of(path) % keep_every == 0):
-            continue
+    for path in reversed(old):
         try:
             store_of(path).remove(path)
         except OSError:
             continue  # it stays; the next save tries again
         gone.append(path)
     return gone
+
+
+def _passes(check: Callable[[Place], object], path: Place) -> bool:
+    try:
+        check(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def thin_out(directory: Place, keep: int, keep_every: int, saved: Place) -> str | None:
+    """As `prune`, once a checkpoint is complete: what fails then is no failure of the save. Returns what to say."""
+    try:
+        prune(directory, keep, keep_every, saved)
+    except (CheckpointError, OSError) as problem:
+        return f"{saved} is saved, but older checkpoints could not be deleted: {problem}"
+    return None
 
 
 def step_of(path: Place) -> int:
