@@ -144,7 +144,7 @@ class Checkpoints:
         is waited for.
         """
         begun = time.perf_counter()
-        said = self._wait(raises=False)
+        said = self._wait()
         try:
             if self.run.config.checkpoint.background and not last:
                 self._under_way = checkpoint.BackgroundSave(**self._what_to_save(state), staging=self._staging)
@@ -166,19 +166,16 @@ class Checkpoints:
         self._told = True
         return [_warning(save.error) if save.error else _saved(save.target, save.took_s, save.warning)]
 
-    def _wait(self, *, raises: bool) -> str:
-        """Return when no save is under way, with what was not said yet of the last. Collectives: its error, once."""
+    def _wait(self) -> str:
+        """Return when no save is under way, with what was not said yet of the last. Collectives: its errors, twice."""
         save, self._under_way = self._under_way, None
         if save is None:
             return ""
-        save.thread.join()
+        error = save.wait(self._exchange)
         told, self._told = self._told, False
-        errors = [error for error in self._exchange.gather_json(save.error) if error]
-        if errors and raises:
-            raise CheckpointError(errors[0])
-        if told:
+        if told and error == save.error:
             return ""
-        return (_warning(errors[0]) if errors else _saved(save.target, save.took_s, save.warning)) + "\n"
+        return (_warning(error) if error else _saved(save.target, save.took_s, save.warning)) + "\n"
 
     def how_to_go_on(self) -> str:
         """For the last line of a run that ends early."""
@@ -240,7 +237,7 @@ class Checkpoints:
 
         Raises CheckpointError, on every rank alike, where there is none, or where the run was there often enough.
         """
-        self._wait(raises=False)
+        self._wait()
         found = checkpoint.latest(self.directory)
         path = self._exchange.gather_json(str(found) if found else None)[0]
         if path is None:

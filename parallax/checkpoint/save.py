@@ -14,7 +14,7 @@ from torch import Tensor
 from parallax.checkpoint.files import NAMES, Written, write_shard
 from parallax.checkpoint.manifest import FORMAT, VERSION, parse_manifest, read_manifest, seal
 from parallax.checkpoint.place import Place, place
-from parallax.checkpoint.store import MANIFEST, STEP, Store, store_of
+from parallax.checkpoint.store import MANIFEST, STEP, Draft, Store, store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
@@ -94,12 +94,12 @@ def save(
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A save whose temporary directory is there. mine: the entries that this rank writes. None of its methods talks to
+    """A save whose place is there. mine: the entries that this rank writes. None of its methods talks to
     other ranks, so they may run in a thread.
     """
 
     target: Place
-    temporary: Place
+    draft: Draft
     step: int
     state: Mapping[str, Any]
     rank: int
@@ -108,51 +108,70 @@ class Begun:
     def write(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """Write this rank's file, durably. Returns what the manifest must say of it, and `error`: what went wrong."""
         try:
-            return {"error": None, **(_write(self.temporary, self.rank, entries) if entries else {})}
+            return {"error": None, **(_write(self.draft, self.rank, entries) if entries else {})}
         except OSError as problem:
-            where = problem.filename or self.temporary
-            return {"error": f"{self.target} cannot be saved: {problem.strerror} in {where}"}
+            what = f"{problem.strerror or problem} in {problem.filename or self.draft.place}"
+        except Exception as problem:  # noqa: BLE001 - raised here alone, it would leave the others waiting
+            what = f"{type(problem).__name__}: {problem}"
+        with contextlib.suppress(OSError):  # half a file takes the space that telling of it may need
+            store_of(self.target).delete(shard(self.draft, self.rank))
+        return {"error": f"{self.target} cannot be saved: {what}"}
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> str | None:
         """Write the manifest and give the directory its name. Returns what went wrong. For one rank."""
-        return finish(self.temporary, self.target, self.step, self.state, records)
+        return finish(self.draft, self.target, self.step, self.state, records)
 
     def give_up(self) -> None:
         """Delete what was written."""
-        _discard(self.temporary)
+        discard(self.draft)
 
 
 def begin(directory: Place, step: int, entries: Sequence[Entry], state: Mapping[str, Any], exchange: Exchange) -> Begun:
-    """Check what is to be saved and make the temporary directory. Collectives: two exchanges of JSON.
+    """Check what is to be saved and make a place for it. Collectives: three exchanges of JSON.
 
     Raises CheckpointError on every rank alike.
     """
-    target = directory / f"step-{step:08d}"
-    error, temporary = None, None
+    target, store = directory / f"step-{step:08d}", store_of(directory)
+    error: str | None = None
+    draft: Draft | None = None
     try:
         for entry in entries:
             check_entry(entry)
         if exchange.rank == 0:
             _check_state(step, state)
-            temporary = store_of(directory).start(directory, target)
+            draft = store.start(directory, target)
     except (OSError, CheckpointError) as problem:
         error = f"{target} cannot be saved: {problem}"
     try:
         agree(error, exchange)
+        where = exchange.gather_json([str(draft.place), draft.mark] if draft else None)[0]
+        shared = Draft(place(where[0]), where[1])
+        agree(_unseen(store, shared, target), exchange)
     except CheckpointError:
-        if temporary is not None:
-            _discard(temporary)
+        if draft is not None:
+            discard(draft)
         raise
-    temporary = place(exchange.gather_json(str(temporary))[0])
     # A rank that has two stages may hold a tied parameter twice.
     once = {(e.name, e.box): e for e in entries}.values()
     mine = [e for e in once if e.replicas[pick(e.name, e.box, len(e.replicas))] == exchange.rank]
-    return Begun(target, temporary, step, state, exchange.rank, mine)
+    return Begun(target, shared, step, state, exchange.rank, mine)
 
 
-def _discard(temporary: Place) -> None:
+def _unseen(store: Store, draft: Draft, target: Place) -> str | None:
+    """What keeps this rank from writing where rank 0 will look for it."""
+    try:
+        if store.sees(draft):
+            return None
+        problem = "not every rank sees what rank 0 has made there; take a place that all ranks share"
+    except (OSError, CheckpointError) as error:
+        problem = str(error)
+    return f"{target} cannot be saved: {problem}"
+
+
+def discard(draft: Draft) -> None:
+    """Delete what a save has written that came to nothing."""
     with contextlib.suppress(OSError):
-        store_of(temporary).remove(temporary)
+        store_of(draft.place).give_up(draft)
 
 
 def check_entry(entry: Entry) -> None:
@@ -186,11 +205,16 @@ def pick(name: str, box: Box, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % count
 
 
-def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
+def shard(draft: Draft, rank: int) -> Place:
+    """A rank's file."""
+    found: Place = draft.file("rank", rank, ".safetensors")
+    return found
+
+
+def _write(draft: Draft, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
     """This rank's file, and what the manifest must say of it."""
-    name = f"rank-{rank:05d}.safetensors"
-    named = [(box_name(e.name, e.box), e.tensor) for e in entries]
-    written = write_shard(temporary / name, named)
+    path = shard(draft, rank)
+    written = write_shard(path, [(box_name(e.name, e.box), e.tensor) for e in entries])
     boxes = [
         {
             "name": e.name,
@@ -201,7 +225,7 @@ def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, A
         }
         for e, offset in zip(entries, written.offsets, strict=True)
     ]
-    return file_record(name, written, boxes)
+    return file_record(path.name, written, boxes)
 
 
 def file_record(name: str, written: Written, boxes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -216,9 +240,11 @@ def box_name(name: str, box: Box) -> str:
 
 
 def finish(
-    temporary: Place, target: Place, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    draft: Draft, target: Place, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """Write the manifest and give the directory its name. Returns what went wrong."""
+    """Write the manifest and give the directory its name. Returns what went wrong, a file that is not there included:
+    a rank may have written into a store that is its own.
+    """
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for record in records:
@@ -236,8 +262,13 @@ def finish(
     manifest |= {"files": files, "tensors": tensors}
     try:
         text = seal(json.dumps(manifest, allow_nan=False).encode())
-        parse_manifest(text, temporary / MANIFEST)  # what could not be loaded is not saved
-        return store_of(target).commit(temporary, target, text)
+        parse_manifest(text, draft.place / MANIFEST)  # what could not be loaded is not saved
+        found = store_of(target).sizes(draft.place)
+        for name, file in files.items():
+            if found.get(name) != file["bytes"]:
+                seen = f"{found[name]} bytes" if name in found else "nothing"
+                return f"{target} cannot be saved: a rank wrote {file['bytes']} bytes of {name}, and {seen} is there"
+        return store_of(target).commit(draft, target, text)
     except (OSError, ValueError) as problem:
         return f"{target} cannot be saved: {problem}"
 

@@ -10,19 +10,40 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from parallax.checkpoint.place import Place
 from parallax.errors import CheckpointError
 
-__all__ = ["MANIFEST", "LocalStore", "Store", "clear_leftovers", "open_regular", "store_of", "sync_directory"]
+__all__ = [
+    "MANIFEST",
+    "Draft",
+    "LocalStore",
+    "Store",
+    "clear_leftovers",
+    "open_regular",
+    "store_of",
+    "sync_directory",
+]
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 BLOCK_BYTES = 1 << 22
+
+
+class Draft(NamedTuple):
+    """Where the files of a save lie until it is complete. mark: in the names of all of them, and in those of no other
+    save's that may lie beside them.
+    """
+
+    place: Any
+    mark: str = ""
+
+    def file(self, kind: str, rank: int, ending: str = "") -> Any:
+        return self.place / f"{kind}-{rank:05d}{self.mark}{ending}"
 
 
 class Store(Protocol):
@@ -65,16 +86,30 @@ class Store(Protocol):
         """Delete a file."""
         ...
 
-    def start(self, directory: Any, target: Any) -> Any:
+    def put(self, path: Any, data: bytes) -> None:
+        """Write a small new file that is there whole or not at all; an empty one takes no space. It need not last."""
+        ...
+
+    def start(self, directory: Any, target: Any) -> Draft:
         """Make the place where the files of a save go. Raises CheckpointError where the target is there already."""
         ...
 
-    def commit(self, temporary: Any, target: Any, manifest: bytes) -> str | None:
-        """Make what `start` made a checkpoint, in one step that happens or does not. Returns a warning, if any."""
+    def sees(self, draft: Draft) -> bool:
+        """Whether what `start` made on another rank is there on this one."""
+        ...
+
+    def commit(self, draft: Draft, target: Any, manifest: bytes) -> str | None:
+        """Make a checkpoint of the files, once all of them are there. Returns what went wrong after that. Raises
+        CheckpointError or OSError: then there is none.
+        """
+        ...
+
+    def give_up(self, draft: Draft) -> None:
+        """Delete what this save has written, and nothing else. Not for one that is complete."""
         ...
 
     def remove(self, path: Any) -> None:
-        """Delete a directory; a checkpoint stops being one before anything of it is gone."""
+        """Delete a checkpoint's directory; a checkpoint stops being one before anything of it is gone."""
         ...
 
     def clear(self, directory: Any) -> None:
@@ -156,7 +191,13 @@ class LocalStore:
     def delete(self, path: Path) -> None:
         path.unlink()
 
-    def start(self, directory: Path, target: Path) -> Path:
+    def put(self, path: Path, data: bytes) -> None:
+        part = path.with_name(f"{path.name}.part")
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(data)
+        os.rename(part, path)
+
+    def start(self, directory: Path, target: Path) -> Draft:
         new = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in new:  # or a crash could lose the directory with all that is in it
@@ -166,19 +207,25 @@ class LocalStore:
         self.clear(directory)
         temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir(mode=0o700)
-        return temporary
+        return Draft(temporary)
 
-    def commit(self, temporary: Path, target: Path, manifest: bytes) -> str | None:
-        self.write(temporary / MANIFEST, [manifest])
-        sync_directory(temporary)
+    def sees(self, draft: Draft) -> bool:
+        return bool(draft.place.is_dir())
+
+    def commit(self, draft: Draft, target: Path, manifest: bytes) -> str | None:
+        self.write(draft.place / MANIFEST, [manifest])
+        sync_directory(draft.place)
         if target.exists():
             raise CheckpointError("another run saved it meanwhile")
-        os.rename(temporary, target)
+        os.rename(draft.place, target)
         try:
             sync_directory(target.parent)
         except OSError as problem:
             return f"{target} is complete, but a crash may lose it: its directory cannot be synced: {problem}"
         return None
+
+    def give_up(self, draft: Draft) -> None:
+        shutil.rmtree(draft.place, ignore_errors=True)
 
     def remove(self, path: Path) -> None:
         # Renamed first, so that a half-deleted one is never taken for a checkpoint.
