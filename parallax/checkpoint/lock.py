@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+from parallax.checkpoint.store import make_directories
 from parallax.errors import CheckpointError
 
 __all__ = ["DirectoryLock"]
@@ -23,7 +24,7 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directories(directory)
         self.path = directory / NAME
         self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:

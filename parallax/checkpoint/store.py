@@ -23,6 +23,7 @@ __all__ = [
     "LocalStore",
     "Store",
     "clear_leftovers",
+    "make_directories",
     "open_regular",
     "store_of",
     "sync_directory",
@@ -198,13 +199,9 @@ class LocalStore:
         os.rename(part, path)
 
     def start(self, directory: Path, target: Path) -> Draft:
-        new = [path for path in (directory, *directory.parents) if not path.exists()]
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for path in new:  # or a crash could lose the directory with all that is in it
-            sync_directory(path.parent)
+        make_directories(directory)
         if target.exists():
             raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
-        self.clear(directory)
         temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir(mode=0o700)
         return Draft(temporary)
@@ -261,6 +258,15 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise OSError(None, "not a regular file", str(path))
     return descriptor
+
+
+def make_directories(path: Path, mode: int = 0o700) -> None:
+    """Make a directory and those above it that are not there, durably: a crash that loses the name of one loses all
+    that is in it.
+    """
+    for new in reversed([one for one in (path, *path.parents) if not one.exists()]):
+        new.mkdir(mode=mode, exist_ok=True)
+        sync_directory(new.parent)
 
 
 def sync_directory(path: Path) -> None:
