@@ -1,8 +1,7 @@
-"""What a run leaves on disk and takes up again: its output directory, its checkpoints, the point it had reached."""
+"""What a run leaves on disk and takes up again: its checkpoints, and the point that it had reached."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from parallax import checkpoint
 from parallax.assemble import Run
 from parallax.checkpoint import Entry, Place
 from parallax.comm import gather_json
-from parallax.config import Config
-from parallax.config_io import to_dict, to_yaml
-from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint, ParallaxError
+from parallax.config_io import to_dict
+from parallax.errors import CheckpointError, DamagedCheckpoint, ParallaxError
 from parallax.mesh import Mesh
+from parallax.output import checkpoints_of, describe_run, prepare_output
 from parallax.owed import Loading, holders, owed_entries
 from parallax.step import TrainState
 
@@ -28,58 +27,6 @@ SAME = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length", 
 
 MOST_ROLLBACKS = 3
 """Times a run may go back to one checkpoint: the same mistake on any samples is not the samples'."""
-
-
-def prepare_output(config: Config, mesh: Mesh) -> Path:
-    """The run's directory, made by rank 0, with the resolved config in config.yaml. Collectives: its name, once.
-
-    output=auto is the next free runs/NNN. Raises ConfigError, on every rank, where it cannot be made, or where
-    it holds checkpoints that a run with resume=none would mix with its own.
-    """
-    answer: dict[str, Any] = {}
-    if mesh.rank == 0:
-        try:
-            directory = _next_run(Path("runs")) if config.output == "auto" else Path(config.output)
-            found = checkpoint.latest(checkpoints_of(config, directory)) if config.resume == "none" else None
-            if found is not None:
-                raise ConfigError(
-                    f"output={directory} already holds {found}; resume=auto goes on from it, another output starts anew"
-                    if config.checkpoint.directory is None
-                    else f"checkpoint.directory={config.checkpoint.directory} already holds {found}; resume=auto goes "
-                    "on from it, another directory starts anew"
-                )
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(to_yaml(config))
-            if config.init_from != "none":  # the tokenizer goes with the weights, into every export
-                checkpoint.copy_companions(Path(config.init_from), directory / "hf")
-            answer = {"output": str(directory)}
-        except (OSError, ParallaxError) as error:
-            text = (
-                str(error) if isinstance(error, ParallaxError) else f"output={config.output} cannot be written: {error}"
-            )
-            answer = {"error": text}
-    answer = gather_json(answer, mesh.world, mesh.device)[0]
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    return Path(answer["output"])
-
-
-def checkpoints_of(config: Config, output: Path) -> Place:
-    """Where a run's checkpoints are."""
-    wish = config.checkpoint.directory
-    return output / "checkpoints" if wish is None else checkpoint.place(wish)
-
-
-def _next_run(runs: Path) -> Path:
-    runs.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name) for p in runs.iterdir() if p.name.isdigit()]
-    number = max(taken, default=0) + 1
-    while True:  # another run may take the number at the same moment
-        try:
-            os.mkdir(runs / f"{number:03d}")
-            return runs / f"{number:03d}"
-        except FileExistsError:
-            number += 1
 
 
 def _warning(error: object) -> str:
@@ -121,7 +68,9 @@ class Checkpoints:
         self._staging: checkpoint.Staging = {}
 
     def take_lock(self) -> None:
-        """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
+        """Keep other runs out of the directory as long as this one lives; then it is this run's: its configuration is
+        written. Raises CheckpointError on every rank.
+        """
         problem = None
         if self.run.mesh.rank == 0 and self.lock is None:
             try:
@@ -130,7 +79,8 @@ class Checkpoints:
                     self.directory if isinstance(self.directory, Path) else self.output
                 )
                 checkpoint.clear_leftovers(self.directory)
-            except (CheckpointError, OSError) as error:
+                describe_run(self.run.config, self.output)
+            except (ParallaxError, OSError) as error:
                 problem = str(error)
         problem = self._exchange.gather_json(problem)[0]
         if problem is not None:
