@@ -25,6 +25,8 @@ SAME = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length", 
 """What decides which samples a step sees: a resumed run must agree with the saved one."""
 
 
+END_S = 30.0
+"""How long a run that fails waits for its save: torchrun gives ranks as long when another has gone."""
 MOST_ROLLBACKS = 3
 """Times a run may go back to one checkpoint: the same mistake on any samples is not the samples'."""
 
@@ -104,7 +106,7 @@ class Checkpoints:
             path = checkpoint.save(**self._what_to_save(state), told=told)
         except CheckpointError as error:
             if last:
-                raise
+                raise CheckpointError(f"{said}{error}") from None
             return said + _warning(error)
         return said + _saved(path, time.perf_counter() - begun, told[0] if told else None)
 
@@ -118,14 +120,28 @@ class Checkpoints:
 
     def _wait(self) -> str:
         """Return when no save is under way, with what was not said yet of the last. Collectives: its errors, twice."""
-        save, self._under_way = self._under_way, None
+        save = self._under_way
         if save is None:
             return ""
         error = save.wait(self._exchange)
-        told, self._told = self._told, False
+        told, self._told, self._under_way = self._told, False, None
         if told and error == save.error:
             return ""
         return (_warning(error) if error else _saved(save.target, save.took_s, save.warning)) + "\n"
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever ends the run: a save under way gets the time to complete, and what came of it is told."""
+        save = self._under_way
+        if save is None or self._told:
+            return
+        ended = save.end(END_S)
+        if save.error or not ended:
+            print(f"WARNING: {save.error or f'{save.target} was not complete after {END_S:g} s'}", flush=True)
+        elif self.run.mesh.rank == 0:
+            print(_saved(save.target, save.took_s, save.warning), flush=True)
 
     def how_to_go_on(self) -> str:
         """For the last line of a run that ends early."""
@@ -166,45 +182,87 @@ class Checkpoints:
         if wish == "none":
             return ""
         if wish != "auto":
+            self._refuse_a_branch(checkpoint.place(wish))
             self._load(checkpoint.place(wish), state)
             return f"resumed from {wish} at step {state.step} of {self.run.config.steps}"
-        # Rank 0 looks, so that all ranks take the same ones even while another run prunes.
-        found = [str(path) for path in reversed(checkpoint.find(self.directory))]
-        said: list[str] = []
-        for name in self._exchange.gather_json(found)[0]:
+        name, passed = self._load_newest(state)
+        if name is None:
+            return ""
+        return "\n".join([*passed, f"resumed from {name} at step {state.step} of {self.run.config.steps}"])
+
+    def _found(self) -> list[str]:
+        """The checkpoints in the directory, newest first. Rank 0 looks, so that all ranks take the same ones even while
+        another run prunes.
+        """
+        answer: dict[str, Any] = {}
+        if self.run.mesh.rank == 0:
+            try:
+                answer = {"found": [str(path) for path in reversed(checkpoint.find(self.directory))]}
+            except OSError as error:
+                answer = {"error": f"{self.directory} cannot be read: {error}"}
+        answer = self._exchange.gather_json(answer)[0]
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        return list(answer["found"])
+
+    def _refuse_a_branch(self, path: Place) -> None:
+        """Raise CheckpointError where a run that goes on from here would save below what is there already."""
+        step = self._read(path).step
+        higher = [name for name in self._found() if checkpoint.step_of(checkpoint.place(name)) > step]
+        if higher:
+            raise CheckpointError(
+                f"resume={path} is step {step}, and {self.directory} holds {higher[0]}: what this run saves would lie "
+                "below it, and be passed over later; resume=auto goes on from the newest, another output (or "
+                f"checkpoint.directory) begins a branch at step {step}"
+            )
+
+    def _load_newest(self, state: TrainState) -> tuple[str | None, list[str]]:
+        """Load the newest checkpoint that is sound. Returns it, None where there are none at all, and what to say of
+        those that were passed over. Raises CheckpointError, on every rank alike, where none is sound.
+        """
+        damaged: dict[str, str] = {}
+        for name in self._found():
             try:
                 self._load(checkpoint.place(name), state)
             except DamagedCheckpoint as error:
-                said.append(f"WARNING: passed over: {error}")
+                damaged[name] = f"WARNING: passed over: {error}"
                 continue
-            return "\n".join([*said, f"resumed from {name} at step {state.step} of {self.run.config.steps}"])
-        if said:
-            raise CheckpointError("\n".join([f"no checkpoint in {self.directory} is sound:", *said]))
-        return ""
+            return name, [text + self._set_aside(checkpoint.place(one)) for one, text in damaged.items()]
+        if damaged:
+            raise CheckpointError("\n".join([f"no checkpoint in {self.directory} is sound:", *damaged.values()]))
+        return None, []
+
+    def _set_aside(self, path: Place) -> str:
+        """Give a damaged checkpoint another name, so that its step can be saved again; returns what to say of it."""
+        if self.lock is None:  # of rank 0
+            return ""
+        try:
+            return f"; it is kept as {checkpoint.set_aside(path).name}"
+        except (CheckpointError, OSError) as error:
+            return f"; it stays, and its step cannot be saved again, since it cannot be renamed: {error}"
 
     def roll_back(self, state: TrainState) -> str:
-        """Go back to the latest checkpoint, but on to samples not seen yet; returns what to say.
+        """Go back to the latest checkpoint that is sound, but on to samples not seen yet; returns what to say.
 
         Raises CheckpointError, on every rank alike, where there is none, or where the run was there often enough.
         """
-        self._wait()
-        found = checkpoint.latest(self.directory)
-        path = self._exchange.gather_json(str(found) if found else None)[0]
+        said = self._wait()
+        gone, batches = state.step, state.batches
+        path, passed = self._load_newest(state)
         if path is None:
             raise CheckpointError(
-                f"on_nan=rollback: step {state.step} went wrong before there was a checkpoint in {self.directory}; a "
+                f"{said}on_nan=rollback: step {gone} went wrong before there was a checkpoint in {self.directory}; a "
                 "lower optimizer.lr or more optimizer.warmup_steps helps most often, or a smaller checkpoint.every"
             )
         self._rollbacks[path] += 1
         if self._rollbacks[path] > MOST_ROLLBACKS:
             raise CheckpointError(
-                f"on_nan=rollback: step {state.step} went wrong, and the run has gone back to {path} "
+                f"{said}on_nan=rollback: step {gone} went wrong, and the run has gone back to {path} "
                 f"{MOST_ROLLBACKS} times already; look at what the log says of the first, or lower optimizer.lr"
             )
-        gone, batches = state.step, state.batches
-        self._load(checkpoint.place(path), state)
         state.batches = batches
-        return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
+        back = f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
+        return said + "\n".join([*passed, back])
 
     def _load(self, path: Place, state: TrainState) -> None:
         manifest = self._read(path)

@@ -10,7 +10,7 @@ from parallax.checkpoint.lock import DirectoryLock
 from parallax.checkpoint.manifest import Manifest, read_manifest
 from parallax.checkpoint.place import Place, place
 from parallax.checkpoint.save import Entry, Exchange, find, latest, prune, save, step_of
-from parallax.checkpoint.store import clear_leftovers, make_directories, sync_directory
+from parallax.checkpoint.store import clear_leftovers, make_directories, set_aside, sync_directory
 
 __all__ = [
     "BackgroundSave",
@@ -31,6 +31,7 @@ __all__ = [
     "prune",
     "read_manifest",
     "save",
+    "set_aside",
     "step_of",
     "sync_directory",
 ]

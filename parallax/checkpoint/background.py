@@ -8,6 +8,7 @@ save that is waited for. What cannot be told that way is told when the next save
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -103,6 +104,18 @@ class BackgroundSave:
         self._others_ended.set()
         self.thread.join()
         return next((error for error in [self._others_error, *exchange.gather_json(self.error)] if error), None)
+
+    def end(self, timeout_s: float) -> bool:
+        """Give the save so much time to end; whether it has, on this rank. Not a collective: for a run that fails.
+
+        The other ranks wait for rank 0's part: a launcher ends all when the first has gone.
+        """
+        until_s = time.monotonic() + timeout_s
+        self.thread.join(timeout_s)
+        with contextlib.suppress(OSError):
+            while self._begun.rank and time.monotonic() < until_s and store_of(self.target).sees(self._begun.draft):
+                time.sleep(POLL_S)
+        return self.done
 
     def _work(self, copies: list[Entry]) -> None:
         begun_s = time.perf_counter()

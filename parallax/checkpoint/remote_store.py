@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from parallax.checkpoint.place import RemotePath, file_system
-from parallax.checkpoint.store import MANIFEST, STEP, Draft
+from parallax.checkpoint.store import MANIFEST, STEP, Draft, aside_name
 from parallax.errors import CheckpointError, ParallaxError
 
 __all__ = ["RemoteStore"]
@@ -131,8 +131,9 @@ class RemoteStore:
         with _told(target):
             if system.exists(f"{path}/{MANIFEST}"):
                 raise CheckpointError("another run saved it meanwhile")
-        self.delete(draft.file("saving", 0))
         self.write(target / MANIFEST, [manifest])
+        with contextlib.suppress(OSError):
+            self.delete(draft.file("saving", 0))
         return None
 
     def give_up(self, draft: Draft) -> None:
@@ -145,6 +146,14 @@ class RemoteStore:
                 self.delete(draft.place / name)
         with contextlib.suppress(Exception):  # it is not empty, or there are no directories in this store
             system.rmdir(path)
+
+    def set_aside(self, path: RemotePath) -> RemotePath:
+        aside = path.parent / aside_name(path.name)
+        system, name = file_system(path)
+        with _told(path):  # by copying, since there is no rename
+            system.copy(name, file_system(aside)[1], recursive=True)
+        self.remove(path)
+        return aside
 
     def remove(self, path: RemotePath) -> None:
         system, name = file_system(path)

@@ -22,9 +22,11 @@ __all__ = [
     "Draft",
     "LocalStore",
     "Store",
+    "aside_name",
     "clear_leftovers",
     "make_directories",
     "open_regular",
+    "set_aside",
     "store_of",
     "sync_directory",
 ]
@@ -96,7 +98,7 @@ class Store(Protocol):
         ...
 
     def sees(self, draft: Draft) -> bool:
-        """Whether what `start` made on another rank is there on this one."""
+        """Whether what `start` made on some rank is there on this one: so until the save is complete or given up."""
         ...
 
     def commit(self, draft: Draft, target: Any, manifest: bytes) -> str | None:
@@ -107,6 +109,10 @@ class Store(Protocol):
 
     def give_up(self, draft: Draft) -> None:
         """Delete what this save has written, and nothing else. Not for one that is complete."""
+        ...
+
+    def set_aside(self, path: Any) -> Any:
+        """Give a checkpoint a name that is no checkpoint's; returns its new place."""
         ...
 
     def remove(self, path: Any) -> None:
@@ -129,6 +135,16 @@ def store_of(place: Place) -> Store:
 def clear_leftovers(directory: Place) -> None:
     """Delete what saves and deletions that died have left. Nobody else may be writing there."""
     store_of(directory).clear(directory)
+
+
+def set_aside(path: Place) -> Place:
+    """Keep a damaged checkpoint under a name that no run takes for a checkpoint, or deletes; returns its new place."""
+    found: Place = store_of(path).set_aside(path)
+    return found
+
+
+def aside_name(name: str) -> str:
+    return f"damaged-{name}-{secrets.token_hex(4)}"
 
 
 class LocalStore:
@@ -223,6 +239,12 @@ class LocalStore:
 
     def give_up(self, draft: Draft) -> None:
         shutil.rmtree(draft.place, ignore_errors=True)
+
+    def set_aside(self, path: Path) -> Path:
+        aside = path.with_name(aside_name(path.name))
+        os.rename(path, aside)
+        sync_directory(path.parent)
+        return aside
 
     def remove(self, path: Path) -> None:
         # Renamed first, so that a half-deleted one is never taken for a checkpoint.
