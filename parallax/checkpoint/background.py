@@ -46,11 +46,15 @@ def _copies(entries: Sequence[Entry], staging: Staging) -> list[Entry]:
         if kept is None or kept.dtype != entry.tensor.dtype:
             kept = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, pin_memory=entry.tensor.is_cuda)
             staging[entry.name, entry.box] = kept
-        kept.copy_(entry.tensor.detach(), non_blocking=True)
+        _copy(entry.tensor, kept)
         copies.append(replace(entry, tensor=kept))
     if any(entry.tensor.is_cuda for entry in entries):
         torch.cuda.current_stream().synchronize()
     return copies
+
+
+def _copy(tensor: Tensor, kept: Tensor) -> None:
+    kept.copy_(tensor.detach(), non_blocking=True)
 
 
 class BackgroundSave:
