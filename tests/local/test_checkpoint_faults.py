@@ -102,10 +102,9 @@ def test_the_loser_of_a_race_leaves_the_winner_s_checkpoint(tmp_path: Path, monk
 
     def slow(path: Any, named: Any) -> Any:
         """Another run begins later and is done earlier."""
-        written = honest(path, named)
         monkeypatch.setattr(save_file, "write_shard", honest)
         save(bucket, 1)
-        return written
+        return honest(path, named)
 
     monkeypatch.setattr(save_file, "write_shard", slow)
     with pytest.raises(CheckpointError, match="another run saved it meanwhile"):
