@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallax.checkpoint.place import Place, place
-from parallax.errors import CheckpointError, ConfigError
+from parallax.errors import CheckpointError, ConfigError, printable
+
+if TYPE_CHECKING:
+    from parallax.checkpoint import Manifest
 
 __all__ = ["USAGE", "run_checkpoint"]
 
@@ -47,7 +49,7 @@ def run_checkpoint(argv: Sequence[str]) -> int:
     if not words or words[0] not in commands:
         raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}, export\nusage: {USAGE}")
     data, lines, code = commands[words[0]](words[1:])
-    print(json.dumps(data) if "--json" in argv else "\n".join(lines))
+    print(json.dumps(data, allow_nan=False) if "--json" in argv else printable("\n".join(lines)))
     return code
 
 
@@ -140,54 +142,67 @@ def _problems(path: Place) -> list[str]:
     return problems
 
 
-def _read(manifest: Any, name: str, box: tuple[tuple[int, int], ...]) -> Any:
-    """A box of a saved tensor, in float64, or int64 where it holds integers."""
-    import torch
-
-    from parallax.checkpoint.files import read_global
-
-    values = read_global(manifest, name, box)
-    return values.to(torch.float64 if values.is_floating_point() else torch.int64)
-
-
 def _diff(words: Sequence[str]) -> tuple[Any, list[str], int]:
-    import torch
-
     from parallax import checkpoint
-    from parallax.checkpoint.files import row_blocks
 
     if len(words) != 2:
         raise ConfigError(f"diff takes two checkpoints, got {len(words)}\nusage: {USAGE}")
     left, right = (checkpoint.read_manifest(place(word)) for word in words)
+    names = sorted(set(left.tensors) | set(right.tensors))
+    width = max(map(len, names), default=0)
     data: dict[str, Any] = {"only": {}, "different": {}}
-    for name in sorted(set(left.tensors) | set(right.tensors)):
+    lines: list[str] = []
+    for name in names:
         if name not in left.tensors or name not in right.tensors:
             data["only"][name] = words[0] if name in left.tensors else words[1]
+            lines.append(f"{name:<{width}}  only in {data['only'][name]}")
             continue
         a, b = left.tensors[name], right.tensors[name]
         if a.global_shape != b.global_shape:
             data["different"][name] = {"shapes": [list(a.global_shape), list(b.global_shape)]}
+            lines.append(f"{name:<{width}}  {list(a.global_shape)} and {list(b.global_shape)}")
             continue
-        most = largest = 0.0
-        count = 0
-        for box, _ in row_blocks(tuple((0, size) for size in a.global_shape)):
-            x, y = _read(left, name, box), _read(right, name, box)
-            unequal = (x != y) & ~(torch.isnan(x) & torch.isnan(y))
-            count += int(unequal.sum())
-            if count:
-                most = max(most, float((x - y).abs().nan_to_num(math.inf).max()))
-            largest = max(largest, float(x.abs().nan_to_num(0).max()) if x.numel() else 0.0)
+        count, most, largest = _difference(left, right, name)
         if count or a.dtype != b.dtype:
-            relative = most / largest if largest else math.inf
-            data["different"][name] = {"elements": count, "max_abs": most, "relative": relative}
-            data["different"][name]["dtypes"] = [a.dtype, b.dtype]
-    width = max(map(len, itertools.chain(data["only"], data["different"])), default=0)
-    lines = [f"{name:<{width}}  only in {where}" for name, where in data["only"].items()]
-    for name, found in data["different"].items():
-        what = " and ".join(str(shape) for shape in found["shapes"]) if "shapes" in found else ""
-        what = what or f"{found['elements']:,} elements, at most {found['max_abs']:.3g} ({found['relative']:.1e})"
-        lines.append(f"{name:<{width}}  {what}")
+            relative = most / largest if largest else math.inf if most else 0.0
+            row: dict[str, Any] = {"elements": count, "dtypes": [a.dtype, b.dtype]}
+            # JSON has no infinity: null, as where a number became NaN.
+            row |= {k: v if math.isfinite(v) else None for k, v in (("max_abs", most), ("relative", relative))}
+            data["different"][name] = row
+            lines.append(f"{name:<{width}}  {count:,} elements, at most {most:.3g} ({relative:.1e})")
     return data, lines or ["the same tensors, bit for bit"], int(bool(lines))
+
+
+def _difference(left: Manifest, right: Manifest, name: str) -> tuple[int, float, float]:
+    """Of a tensor in two checkpoints: how many elements differ, by how much at most, and the largest one on the left.
+
+    Bits are compared, so 0.0 is not -0.0; of other dtypes values.
+    """
+    import torch
+    from torch import Tensor
+
+    from parallax.checkpoint.files import read_global, row_blocks
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def unequal(x: Tensor, y: Tensor) -> Tensor:
+        if x.dtype == y.dtype:
+            return x.view(bits[x.itemsize]) != y.view(bits[y.itemsize])
+        return (x.double() != y.double()) & ~(x.isnan() & y.isnan())
+
+    count, most, largest = 0, 0.0, 0.0
+    for box, _ in row_blocks(tuple((0, size) for size in left.tensors[name].global_shape)):
+        x, y = read_global(left, name, box), read_global(right, name, box)
+        where = unequal(x, y)
+        count += int(where.sum())
+        if bool(where.any()):
+            one, other = x[where].double(), y[where].double()
+            apart = (one - other).abs()
+            apart[one.isnan() & other.isnan()] = 0.0
+            most = max(most, float(torch.where(apart.isnan(), math.inf, apart).max()))
+        finite = x.double().abs()[x.isfinite()]
+        largest = max(largest, float(finite.max()) if finite.numel() else 0.0)
+    return count, most, largest
 
 
 def _reshard(words: Sequence[str]) -> tuple[Any, list[str], int]:

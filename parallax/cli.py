@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
-from parallax.errors import ParallaxError
+from parallax.errors import DamagedCheckpoint, ParallaxError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -81,7 +81,9 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. A ParallaxError is one line on stderr, and 2."""
+    """Run one command; returns its exit code. A ParallaxError is one line on stderr, and 2; 1 for a checkpoint that is
+    not what was saved.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -113,4 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ParallaxError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, DamagedCheckpoint) else 2

@@ -215,7 +215,9 @@ class ValidationConfig:
 class Config:
     mesh: str = key("1x1x1", "data x tensor x pipeline, or named as data2xtensor4xpipeline2")
     steps: int = key(200, "optimizer steps", least=1)
-    time_limit: float | None = key(None, "seconds after which the run saves and ends", above=0)
+    time_limit: float | None = key(
+        None, "seconds from the start of the process after which the run saves and ends", above=0
+    )
     seed: int = key(1234, "seed of weights, dropout and sample order", least=0, below=WIDE_LIMIT)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto = cuda if there is one")
     dtype: Literal["float32", "float64", "bfloat16", "float16", "float8"] = key(

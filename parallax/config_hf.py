@@ -6,6 +6,7 @@ too, is known not to change the model, or is refused by name. So nothing is drop
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from parallax.config_fields import Config, ModelConfig, value_fits
 from parallax.errors import ConfigError
+from parallax.plain_files import open_regular
 from parallax.plain_json import parse_json
 
 __all__ = ["FAMILIES", "disagreements", "family_of", "make_hf_config", "model_keys", "read_hf_config"]
@@ -107,15 +109,20 @@ FAMILIES: Mapping[str, Family] = {
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """DIRECTORY/config.json. Raises ConfigError where there is none or it is not JSON."""
     path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ConfigError(
             f"init_from={directory} has no config.json; give a directory that save_pretrained "
             "wrote, or init_from=none, as for a run that goes on"
         )
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             data = parse_json(file.read(MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; it must be a regular file, no link: "
+            "`hf download MODEL --local-dir DIR` writes such"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is no JSON object")

@@ -11,17 +11,27 @@ __all__ = [
     "ConfigError",
     "DamagedCheckpoint",
     "MeshError",
+    "NewerCheckpoint",
     "ParallaxError",
     "ReplicaError",
     "ScheduleError",
+    "printable",
     "report",
 ]
 
 GRACE_S = 10.0
 
 
+def printable(text: str) -> str:
+    """A text for a terminal: what it would obey, such as ESC in a name from a stranger, is written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class ParallaxError(ValueError):
     """Base of every error that parallax raises on bad input."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(ParallaxError):
@@ -42,6 +52,10 @@ class CheckpointError(ParallaxError):
 
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not what was saved: an older one may do."""
+
+
+class NewerCheckpoint(CheckpointError):
+    """A checkpoint of a later parallax: sound, as far as this one can tell, so an older one must not take its place."""
 
 
 class ReplicaError(ParallaxError):

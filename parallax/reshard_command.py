@@ -12,11 +12,12 @@ from parallax.assemble import build_stage
 from parallax.checkpoint.manifest import Manifest
 from parallax.checkpoint.reshard import rewrite
 from parallax.checkpoint.save import pick
-from parallax.config import Config, check
+from parallax.config import Config, check, resolve_batch
 from parallax.config_io import from_dict, to_dict, with_overrides
-from parallax.errors import CheckpointError, ConfigError
+from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from parallax.mesh import planned_mesh
 from parallax.params import Box, ParamSpec, collect
+from parallax.pipeline.table import is_file
 from parallax.stage_plan import plan_stages
 
 __all__ = ["USAGE", "run_reshard"]
@@ -25,6 +26,8 @@ USAGE = """parallax checkpoint reshard CHECKPOINT --mesh DATAxTENSORxPIPELINE OU
   Writes OUT/checkpoints/step-N: the same tensors bit for bit, cut as the ranks of that mesh hold them. Any mesh loads
   any checkpoint without it; it saves them reading around in files that were cut otherwise.
   key=value: what must change with the mesh, such as pipeline.schedule=1f1b"""
+
+MOST_MICROBATCHES = 1 << 14
 
 
 def run_reshard(argv: Sequence[str]) -> tuple[Any, list[str], int]:
@@ -72,6 +75,19 @@ def _config(manifest: Manifest, overrides: Mapping[str, object]) -> Config:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{manifest.path} holds no configuration, so its model is unknown; train with the recipe")
     config = with_overrides(from_dict(saved), overrides)
+    # What follows believes the configuration, and the checkpoint may be a stranger's.
+    if config.model.layers > len(manifest.tensors):
+        raise DamagedCheckpoint(f"{manifest.path} has {len(manifest.tensors)} tensors for {config.model.layers} layers")
+    if is_file(config.pipeline.schedule) and "pipeline.schedule" not in overrides:
+        raise CheckpointError(
+            f"{manifest.path} has the schedule {config.pipeline.schedule}, a file outside of the checkpoint; add "
+            f"pipeline.schedule={config.pipeline.schedule} if that is meant, or another"
+        )
+    if (number := resolve_batch(config).num_microbatches) > MOST_MICROBATCHES:
+        raise CheckpointError(
+            f"{manifest.path} has {number} microbatches, and a schedule of more than {MOST_MICROBATCHES} takes long; "
+            "add batch.num_microbatches and batch.microbatch_size, which change nothing in the files"
+        )
     if problems := check(config):
         raise ConfigError("; ".join(problems))
     return config
@@ -91,8 +107,9 @@ def _files(manifest: Manifest, config: Config) -> list[list[tuple[str, Box]]]:
             for spec in collect(build_stage(config, mesh, range(*plan.spans[stage])), mesh):
                 for name in _held(manifest, kinds, spec):
                     holders.setdefault((name, spec.box), set()).add(rank)
+    held = {name for name, _ in holders}
     for name, saved in manifest.tensors.items():  # what is no parameter and of no parameter's shape stays cut as it is
-        if not any(name == held for held, _ in holders):
+        if name not in held:
             for part in saved.boxes:
                 holders[name, part.box] = set(range(shape.size))
     files: list[list[tuple[str, Box]]] = [[] for _ in range(shape.size)]

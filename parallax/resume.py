@@ -13,10 +13,11 @@ from parallax.assemble import Run
 from parallax.checkpoint import Entry, Place
 from parallax.comm import gather_json
 from parallax.config_io import to_dict
-from parallax.errors import CheckpointError, DamagedCheckpoint, ParallaxError
+from parallax.errors import CheckpointError, DamagedCheckpoint, NewerCheckpoint, ParallaxError
 from parallax.mesh import Mesh
 from parallax.output import checkpoints_of, describe_run, prepare_output
 from parallax.owed import Loading, holders, owed_entries
+from parallax.saved_state import read_counts
 from parallax.step import TrainState
 
 __all__ = ["Checkpoints", "prepare_output"]
@@ -266,13 +267,12 @@ class Checkpoints:
 
     def _load(self, path: Place, state: TrainState) -> None:
         manifest = self._read(path)
-        saved = manifest.state
+        saved, counts = manifest.state, read_counts(manifest)
         self._check_same(path, saved)
         loading = Loading(self.run, manifest)
         checkpoint.load(path, self._entries(state) + loading.entries, self._exchange, leaves=loading.leaves)
         loading.finish()
-        state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
-        state.batches = int(saved.get("batches", state.step))
+        state.step, state.tokens, state.batches = counts.step, counts.tokens, counts.batches
         state.loss_scale.load(saved)
         state.optimizer.set_step(state.step - state.loss_scale.skipped)
         self._publish(state)
@@ -296,14 +296,16 @@ class Checkpoints:
 
     def _read(self, path: Place) -> checkpoint.Manifest:
         """Every rank reads it for itself, and all or none go on."""
-        found, error = None, None
+        found, problem = None, None
         try:
             found = checkpoint.read_manifest(path)
-        except CheckpointError as problem:
-            error = str(problem)
-        errors = [text for text in self._exchange.gather_json(error) if text is not None]
-        if errors or found is None:
-            raise DamagedCheckpoint(errors[0])
+            read_counts(found)
+        except CheckpointError as error:
+            problem = [str(error), isinstance(error, NewerCheckpoint)]
+        problems = [one for one in self._exchange.gather_json(problem) if one is not None]
+        if problems or found is None:
+            text, newer = problems[0]
+            raise NewerCheckpoint(text) if newer else DamagedCheckpoint(text)
         return found
 
     def _check_same(self, path: Place, saved: Any) -> None:

@@ -178,7 +178,7 @@ def clip_gradients(flat_grads: Sequence[Tensor], norm: float, max_norm: float, s
 @torch.no_grad()
 def evaluate(run: Run, batches: Iterable[Batch], stop: Stop | None = None) -> float:
     """Mean loss per target over the batches, without dropout; NaN where there is none. Two small collectives a
-    batch. stop: as in train_step; no further batch is looked at once it is agreed.
+    batch. stop: as in train_step; no further batch is looked at once it is agreed, and the mean of some is NaN.
     """
     total, tokens = 0.0, 0
     for stage in run.stages.values():
@@ -192,4 +192,5 @@ def evaluate(run: Run, batches: Iterable[Batch], stop: Stop | None = None) -> fl
             break
     for stage in run.stages.values():
         stage.train()
-    return total / tokens if tokens else math.nan
+    cut_short = stop is not None and stop.agreed
+    return total / tokens if tokens and not cut_short else math.nan

@@ -60,7 +60,8 @@ def main() -> None:
             extra = {}
             if config.validation.every and (state.step % config.validation.every == 0 or last) and not stop.agreed:
                 held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
-                extra["val_loss"] = evaluate(run, held_out, stop)
+                val_loss = evaluate(run, held_out, stop)
+                extra = {} if stop.agreed else {"val_loss": val_loss}
             metrics.record(result, **extra)
             for line in checkpoints.news():
                 metrics.say(line)

@@ -18,6 +18,7 @@ EVERYTHING = SOURCES + sorted((ROOT / "recipes").rglob("*.py")) + sorted((ROOT /
 RANK = {
     "errors": 0,
     "rng": 0,
+    "plain_files": 0,
     "plain_json": 0,
     "shared_memory": 1,
     "mesh": 2,
@@ -55,6 +56,7 @@ RANK = {
     "models": 11,
     "replicas": 11,
     "owed": 11,
+    "saved_state": 11,
     "postmortem": 11,
     "step": 12,
     "assemble": 13,

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallax.checkpoint.manifest import DTYPES, Manifest, SavedBox, overlaps
 from parallax.checkpoint.place import Place
 from parallax.checkpoint.store import store_of
-from parallax.errors import CheckpointError
+from parallax.errors import CheckpointError, DamagedCheckpoint
 from parallax.params import Box
 
 __all__ = [
@@ -106,8 +106,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def check_file(manifest: Manifest, name: str, *, thorough: bool = False) -> None:
-    """Raise CheckpointError unless a file is the one that was saved: by crc32, which shows any accident but one in four
-    thousand million, or by sha256 where thorough.
+    """Raise DamagedCheckpoint unless a file is the one that was saved: by crc32, which shows any accident but one in
+    four thousand million, or by sha256 where thorough.
     """
     path, file = manifest.path.parent / name, manifest.files[name]
     by_crc32 = file.crc32 is not None and not thorough
@@ -119,27 +119,43 @@ def check_file(manifest: Manifest, name: str, *, thorough: bool = False) -> None
             digest.update(block)
     if crc32 != file.crc32 if by_crc32 else digest.hexdigest() != file.sha256:
         kind = "crc32" if by_crc32 else "sha256"
-        raise CheckpointError(f"{path} was altered: its {kind} is not the manifest's; take another checkpoint")
+        raise DamagedCheckpoint(f"{path} was altered: its {kind} is not the manifest's; take another checkpoint")
 
 
 def read_box_into(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box, out: Tensor) -> None:
     """As `read_box`, into memory that is there."""
-    whole_rows = wanted[1:] == saved.box[1:]
-    if not (whole_rows and out.is_contiguous() and out.device.type == "cpu" and NAMES.get(out.dtype) == dtype):
+    first = _run(saved, wanted)
+    if first is None or not (out.is_contiguous() and out.device.type == "cpu" and NAMES.get(out.dtype) == dtype):
         out.copy_(read_box(manifest, saved, dtype, wanted))
         return
-    path, first = manifest.path.parent / saved.file, wanted[0][0] - saved.box[0][0] if wanted else 0
-    row = math.prod(saved.shape[1:]) * DTYPES[dtype]
+    path = manifest.path.parent / saved.file
     try:
-        store_of(path).read_into(path, saved.offset + first * row, as_bytes(out))
+        store_of(path).read_into(path, saved.offset + first * DTYPES[dtype], as_bytes(out))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def read_box(manifest: Manifest, saved: SavedBox, dtype: str, wanted: Box) -> Tensor:
     """The part `wanted` (global coordinates) of a saved box."""
+    path, first = manifest.path.parent / saved.file, _run(saved, wanted)
+    if first is not None:
+        shape = [stop - start for start, stop in wanted]
+        count = math.prod(shape)
+        at = saved.offset + first * DTYPES[dtype]
+        return read_part(path, at, (count,), dtype, (slice(0, count),)).view(shape)
     cut = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(wanted, saved.box, strict=True))
-    return read_part(manifest.path.parent / saved.file, saved.offset, saved.shape, dtype, cut)
+    return read_part(path, saved.offset, saved.shape, dtype, cut)
+
+
+def _run(saved: SavedBox, wanted: Box) -> int | None:
+    """The first element of `wanted` in a saved box, where it lies there in one run; else None."""
+    ones = next((dim for dim, (start, stop) in enumerate(wanted) if stop - start > 1), len(wanted))
+    if wanted[ones + 1 :] != saved.box[ones + 1 :]:
+        return None
+    first = 0
+    for (start, _), (begin, end) in zip(wanted, saved.box, strict=True):
+        first = first * (end - begin) + start - begin
+    return first
 
 
 def read_part(path: Place, offset: int, shape: tuple[int, ...], dtype: str, cut: tuple[slice, ...]) -> Tensor:
@@ -167,12 +183,17 @@ def read_global(manifest: Manifest, name: str, wanted: Box) -> Tensor:
 
 
 def row_blocks(box: Box) -> Iterator[tuple[Box, tuple[slice, ...]]]:
-    """A box in runs of rows of at most BLOCK_ELEMENTS where a row has no more, each with its place in the box."""
+    """A box in runs of at most BLOCK_ELEMENTS, each with its place in the box: rows, or a part of a long one."""
     if not box:
         yield box, ()
         return
-    (start, stop), *rest = box
-    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(b - a for a, b in rest)))
+    (start, stop), rest = box[0], box[1:]
+    row = math.prod(last - first for first, last in rest)
+    inner = [(rest, tuple(slice(0, last - first) for first, last in rest))]
+    if row > BLOCK_ELEMENTS:
+        inner = list(row_blocks(rest))
+    step = max(1, BLOCK_ELEMENTS // max(1, row))
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
-        yield ((begin, end), *rest), (slice(begin - start, end - start),)
+        for part, places in inner:
+            yield ((begin, end), *part), (slice(begin - start, end - start), *places)

@@ -31,7 +31,7 @@ from parallax.checkpoint.store import LocalStore, sync_directory
 from parallax.config import Config, check, keys
 from parallax.config_hf import family_of, make_hf_config, read_hf_config
 from parallax.config_io import from_dict
-from parallax.errors import CheckpointError, ConfigError
+from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from parallax.params import Box
 
 __all__ = ["Export", "export_hf"]
@@ -72,7 +72,7 @@ def export_hf(
     manifest = read_manifest(checkpoint)
     config = _config(manifest)
     begun = _begun(manifest)
-    origin = read_hf_config(begun) if begun is not None and (begun / "config.json").is_file() else None
+    origin = read_hf_config(begun) if begun is not None and os.path.lexists(begun / "config.json") else None
     known = companions or begun
     if companions is not None and not companions.is_dir():
         raise CheckpointError(f"{companions} is no directory; give one with tokenizer files, or leave it out")
@@ -128,7 +128,7 @@ def _config(manifest: Manifest) -> Config:
             f"{manifest.path} has a configuration that this parallax does not know: {error}"
         ) from None
     if config.model.layers > len(manifest.tensors):
-        raise CheckpointError(f"{manifest.path} has {len(manifest.tensors)} tensors for {config.model.layers} layers")
+        raise DamagedCheckpoint(f"{manifest.path} has {len(manifest.tensors)} tensors for {config.model.layers} layers")
     return config
 
 

@@ -1,8 +1,9 @@
 """What lies where in a directory of Hugging Face safetensors files. Nothing in them is believed unchecked.
 
 The safetensors library takes duplicate keys, absurd ranks and any name; an index may point anywhere. So headers are
-read here: their sizes before anything is allocated, every shape against its bytes, the bytes against the file, and
-that the tensors fill the file without gap or overlap. Shards are regular files beside the index, by plain names.
+read here: their sizes and the memory they would take before anything is allocated, every shape against its bytes, the
+bytes against the file, and that the tensors fill the file without gap or overlap. Shards are regular files beside the
+index, by plain names.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from parallax.checkpoint.manifest import DTYPES, MAX_DIMS
-from parallax.checkpoint.store import open_regular
 from parallax.errors import CheckpointError
-from parallax.plain_json import parse_json
+from parallax.plain_files import open_regular
+from parallax.plain_json import ROOM_BYTES, parse_json
 
 __all__ = ["INDEX", "SINGLE", "StoredTensor", "read_hf_headers"]
 
@@ -79,7 +80,7 @@ def _read(path: Path, start: int, count: int) -> bytes:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             file.seek(start)
-            return file.read(count)
+            return file.read(min(count, os.fstat(file.fileno()).st_size))  # which allocates what it is asked for
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; copy the model again") from None
     except OSError as error:
@@ -92,10 +93,12 @@ def _read(path: Path, start: int, count: int) -> bytes:
 def _index(path: Path) -> dict[str, str]:
     """Tensor name -> shard, from the index."""
     text = _read(path, 0, MAX_HEADER_BYTES + 1)
+    with os.scandir(path.parent) as entries:
+        num_bytes = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
     try:
         if len(text) > MAX_HEADER_BYTES:
             raise ValueError(f"it is larger than {MAX_HEADER_BYTES} bytes")
-        files = parse_json(text)["weight_map"]
+        files = parse_json(text, ROOM_BYTES + 2 * num_bytes)["weight_map"]
         if not isinstance(files, dict) or not files:
             raise ValueError("its weight_map names no tensor")
         for file in files.values():
@@ -116,7 +119,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     try:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"its header has {length} bytes, the file {size}")
-        header = parse_json(_read(path, 8, length))
+        header = parse_json(_read(path, 8, length), ROOM_BYTES + 2 * size)
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         header.pop("__metadata__", None)

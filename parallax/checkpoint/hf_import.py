@@ -16,11 +16,11 @@ from parallax.checkpoint.hf_files import StoredTensor, read_hf_headers
 from parallax.checkpoint.hf_names import IGNORED, TIED_HEAD, HfTensor, Part, hf_tensors, parts_of
 from parallax.checkpoint.load import attempt
 from parallax.checkpoint.save import Entry, Exchange, agree, check_entry
-from parallax.checkpoint.store import open_regular
 from parallax.config import Config
 from parallax.config_hf import disagreements, read_hf_config
 from parallax.errors import CheckpointError, ConfigError
 from parallax.params import Box
+from parallax.plain_files import open_regular
 
 __all__ = ["COMPANIONS", "copy_companions", "load_hf"]
 

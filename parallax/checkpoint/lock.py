@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from parallax.checkpoint.store import make_directories
 from parallax.errors import CheckpointError
+from parallax.plain_files import open_regular
 
 __all__ = ["DirectoryLock"]
 
@@ -20,30 +22,48 @@ NAME = ".lock"
 class DirectoryLock:
     """Held from its making to `release`, or to the end of the process, however that ends: the kernel lets go.
 
-    Raises CheckpointError that names the holder where another process has it; OSError where the file cannot be made.
+    Raises CheckpointError that names the holder where another process has it, or that says that the file system has no
+    locks; OSError where the file cannot be made.
     """
 
     def __init__(self, directory: Path) -> None:
-        make_directories(directory)
+        self._descriptors: list[int] = []
         self.path = directory / NAME
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        make_directories(directory)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._descriptor, 4096).decode(errors="replace")
+            # The directory itself too, so that nobody gets in by deleting the file. NFS can lock files alone.
+            with contextlib.suppress(_NoLocks):
+                self._lock(directory, os.O_RDONLY | os.O_DIRECTORY)
+            self._lock(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        except CheckpointError:
             self.release()
-            raise CheckpointError(
-                f"{directory} is in use by another run ({_shown(holder)}); choose another output, or end that run"
-            ) from None
-        os.ftruncate(self._descriptor, 0)
+            raise
+        os.ftruncate(self._descriptors[-1], 0)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.write(self._descriptor, json.dumps(who).encode())
+        os.write(self._descriptors[-1], json.dumps(who).encode())
+
+    def _lock(self, path: Path, flags: int) -> None:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        self._descriptors.append(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self.path.parent} is in use by another run ({_holder(self.path)}); choose another output, or end "
+                "that run"
+            ) from None
+        except OSError as error:
+            self._descriptors.remove(descriptor)
+            os.close(descriptor)
+            raise _NoLocks(
+                f"{path} cannot be locked: {error.strerror}; choose an output on a file system that has locks, or "
+                "mount it with them (NFS: its lock service; Lustre: -o flock)"
+            ) from None
 
     def release(self) -> None:
         """Let go. The file stays: removing it would let two others hold two files of that name."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def __enter__(self) -> DirectoryLock:
         return self
@@ -55,9 +75,15 @@ class DirectoryLock:
         self.release()
 
 
-def _shown(text: str) -> str:
+class _NoLocks(CheckpointError):
+    """This kind of file cannot be locked here."""
+
+
+def _holder(path: Path) -> str:
+    """Who has the lock, as far as its file says."""
     try:
-        who = json.loads(text)
+        with os.fdopen(open_regular(path), "rb") as file:
+            who = json.loads(file.read(4096))
         return f"process {who['pid']} on {who['host']}, since {who['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "which did not say who it is"

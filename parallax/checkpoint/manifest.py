@@ -13,23 +13,27 @@ any tool can read them, but what parallax believes is the manifest alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from parallax.checkpoint.place import Place
-from parallax.checkpoint.store import MANIFEST, store_of
-from parallax.errors import CheckpointError
+from parallax.checkpoint.store import MANIFEST, STEP, store_of
+from parallax.errors import CheckpointError, DamagedCheckpoint, NewerCheckpoint
 from parallax.params import Box
-from parallax.plain_json import parse_json
+from parallax.plain_json import ROOM_BYTES, parse_json
 
 __all__ = ["DTYPES", "Manifest", "SavedBox", "SavedFile", "SavedTensor", "parse_manifest", "read_manifest"]
 
 FORMAT, VERSION = "parallax-checkpoint", 1
-MAX_MANIFEST_BYTES = 1 << 28
-MAX_DIMS = 16
+MAX_MANIFEST_BYTES = 1 << 26
+"""More than half a million boxes."""
+MAX_DIMS, MAX_NAME = 16, 1024
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 """safetensors' names of the dtypes, and their sizes in bytes."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -78,7 +82,7 @@ class Manifest:
 def read_manifest(directory: Place) -> Manifest:
     """Read and check DIRECTORY/manifest.json, and that exactly its files are there, at their sizes.
 
-    Raises CheckpointError that names the file.
+    Raises CheckpointError that names the file: DamagedCheckpoint where it is not what was saved.
     """
     store, path = store_of(directory), directory / MANIFEST
     try:
@@ -89,13 +93,14 @@ def read_manifest(directory: Place) -> Manifest:
             f"{directory} is no directory; give a checkpoint such as OUTPUT/checkpoints/step-00000100"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+        raise DamagedCheckpoint(f"{error.filename or path} cannot be read: {error.strerror}") from None
     if text is None:
-        raise CheckpointError(f"{directory} has no {MANIFEST}: not a checkpoint, or a save that never finished")
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; that is no manifest of parallax")
-    manifest = parse_manifest(text, path)
+        raise DamagedCheckpoint(f"{directory} has no {MANIFEST}: not a checkpoint, or a save that never finished")
+    manifest = parse_manifest(text, path, sum(size or 0 for size in sizes.values()))
     _check_files(manifest, sizes)
+    named = STEP.fullmatch(directory.name)
+    if named and int(named[1]) != manifest.step:
+        raise DamagedCheckpoint(f"{directory} holds step {manifest.step}: renamed or copied; give it its name back")
     return manifest
 
 
@@ -113,24 +118,33 @@ def unseal(text: bytes) -> bytes:
     return body
 
 
-def parse_manifest(text: bytes, path: Place) -> Manifest:
-    """The manifest in these bytes; `path` is for the messages. Raises CheckpointError."""
+def parse_manifest(text: bytes, path: Place, files_bytes: int = 0) -> Manifest:
+    """The manifest in these bytes; `path` is for the messages. Takes no more memory than twice the checkpoint's files,
+    of files_bytes together, and ROOM_BYTES. Raises CheckpointError.
+    """
 
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path} is damaged or not a manifest of parallax: {what}")
+        return DamagedCheckpoint(f"{path} is damaged or not a manifest of parallax: {what}")
 
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise bad(f"it is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         body = unseal(text)
-        data = parse_json(body)
+        data = parse_json(body, ROOM_BYTES + 2 * files_bytes)
     except (ValueError, RecursionError) as error:
         raise bad(str(error)) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise bad(f"its format is not {FORMAT!r}")
-    if data.get("version") is not VERSION:  # not True, which equals 1
-        raise CheckpointError(f"{path} has version {data.get('version')!r}; this parallax reads version {VERSION}")
+    version = data.get("version")
+    if version is not VERSION:  # not True, which equals 1
+        said = f"{path} has version {version!r}; this parallax reads version {VERSION}"
+        if isinstance(version, int) and version > VERSION:
+            raise NewerCheckpoint(f"{said}: install the parallax that wrote it, or name an older checkpoint")
+        raise DamagedCheckpoint(said)
     try:
         files = {name: _file(_mapping(f)) for name, f in _mapping(data["files"]).items()}
         tensors = {name: _tensor(name, t, files) for name, t in _mapping(data["tensors"]).items()}
+        _check_apart(tensors)
         manifest = Manifest(path, _count(data["step"]), _mapping(data["state"]), files, tensors)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise bad(f"{type(error).__name__}: {error}") from None
@@ -158,7 +172,14 @@ def _file(data: Any) -> SavedFile:
     return SavedFile(_count(data["bytes"]), sha256, None if crc32 is None else _count(crc32))
 
 
+def check_name(name: str) -> None:
+    """Raise CheckpointError unless a tensor may have this name: a terminal would obey some that `show` prints."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise CheckpointError(f"{name[:100]!r} is no name of a tensor: at most {MAX_NAME} characters, all printable")
+
+
 def _tensor(name: str, data: Any, files: Mapping[str, SavedFile]) -> SavedTensor:
+    check_name(name)
     shape = tuple(_count(size) for size in data["global_shape"])
     if len(shape) > MAX_DIMS or math.prod(shape) >= 1 << 60:
         raise ValueError(f"{name}: shape {shape} is out of range")
@@ -180,33 +201,56 @@ def _tensor(name: str, data: Any, files: Mapping[str, SavedFile]) -> SavedTensor
     return SavedTensor(shape, dtype, boxes)
 
 
+# Note: Whether boxes tile a tensor
+# Stretch each dim at random: the k-th place between two elements goes to a random number. A box then has a volume, the
+# product of what its sides have become, and where boxes tile the tensor, their volumes add up to that of the whole.
+# Where they do not, the two sums differ as polynomials in the random numbers: every corner at which the boxes do not
+# meet leaves a term. Polynomials of degree d that differ agree at a random point modulo a prime p with a chance of
+# d / p at most (Schwartz-Zippel): below 1 in 10^17, and nobody can choose boxes for numbers that are drawn at reading.
+# Comparing the boxes pair by pair needs the square of the time.
+PRIME = (1 << 61) - 1
+
+
 def _check_tiling(name: str, shape: tuple[int, ...], boxes: tuple[SavedBox, ...]) -> None:
-    """The boxes cover the tensor exactly once: they do not overlap, and their elements add up."""
-    # Along the dim that is cut most often, so that few boxes meet there.
-    along = max(range(len(shape)), key=lambda dim: len({saved.box[dim] for saved in boxes}), default=0)
-    ordered = sorted((saved.box for saved in boxes), key=lambda box: box[along : along + 1])
-    for index, one in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if one and other[along][0] >= one[along][1]:
-                break  # all later boxes begin behind this one
-            if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
-                raise ValueError(f"{name}: the boxes {one} and {other} overlap")
-    if sum(math.prod(saved.shape) for saved in boxes) != math.prod(shape):
+    """The boxes cover the tensor exactly once. See Note: Whether boxes tile a tensor."""
+    num_elements = sum(math.prod(saved.shape) for saved in boxes)
+    if num_elements < math.prod(shape):
         raise ValueError(f"{name}: the boxes leave a part of shape {shape} out")
+    draw = random.Random()  # seeded by the system
+    stretched: list[defaultdict[int, int]] = [defaultdict(lambda: draw.randrange(PRIME)) for _ in shape]
+
+    def volume(box: Box) -> int:
+        return math.prod(places[stop] - places[start] for (start, stop), places in zip(box, stretched, strict=True))
+
+    whole = volume(tuple((0, size) for size in shape))
+    if num_elements > math.prod(shape) or (sum(volume(saved.box) for saved in boxes) - whole) % PRIME:
+        raise ValueError(f"{name}: boxes overlap")
+
+
+def _check_apart(tensors: Mapping[str, SavedTensor]) -> None:
+    """No two boxes share bytes of a file, so no file serves more numbers than it holds."""
+    spans = sorted(
+        (saved.file, saved.offset, saved.offset + math.prod(saved.shape) * DTYPES[tensor.dtype])
+        for tensor in tensors.values()
+        for saved in tensor.boxes
+    )
+    for (file, _, end), (other, begin, _) in itertools.pairwise(spans):
+        if file == other and begin < end:
+            raise ValueError(f"boxes overlap at byte {begin} of {file}")
 
 
 def _check_files(manifest: Manifest, sizes: Mapping[str, int | None]) -> None:
     directory = manifest.path.parent
     others = set(sizes) - set(manifest.files) - {MANIFEST}
     if extra := sorted(name for name in others if not UNFINISHED.fullmatch(name)):
-        raise CheckpointError(f"{directory / extra[0]} is not in the manifest; remove it, or take another checkpoint")
+        raise DamagedCheckpoint(f"{directory / extra[0]} is not in the manifest; remove it, or take another checkpoint")
     for name, file in manifest.files.items():
         if name not in sizes:
-            raise CheckpointError(f"{directory / name} is missing; take another checkpoint")
+            raise DamagedCheckpoint(f"{directory / name} is missing; take another checkpoint")
         if sizes[name] is None:
-            raise CheckpointError(f"{directory / name} is no regular file; take another checkpoint")
+            raise DamagedCheckpoint(f"{directory / name} is no regular file; take another checkpoint")
         if sizes[name] != file.bytes:
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{directory / name} has {sizes[name]} bytes, the manifest says {file.bytes}: truncated or altered; "
                 "take another checkpoint"
             )

@@ -45,13 +45,15 @@ def place(where: str | Path | RemotePath) -> Place:
 def file_system(at: RemotePath) -> tuple[Any, str]:
     """fsspec's file system of a place, and the place's path in it.
 
-    Raises CheckpointError where no such store is known, or its package is not installed.
+    Raises CheckpointError where no such store is known, its package is missing, or it cannot be set up, as without
+    credentials.
     """
     import fsspec
 
     protocol = at.url.partition("://")[0]
     try:
         system = fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:
-        raise CheckpointError(f"{at}: no store of {protocol}:// can be reached: {error}") from None
-    return system, str(system._strip_protocol(at.url))
+        return system, str(system._strip_protocol(at.url))
+    except Exception as error:  # each store has its own
+        said = str(error) or type(error).__name__
+        raise CheckpointError(f"{at}: no store of {protocol}:// can be reached: {said}") from error

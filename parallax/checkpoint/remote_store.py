@@ -166,7 +166,7 @@ class RemoteStore:
     def clear(self, directory: RemotePath) -> None:
         """Steps without a manifest below one that has it: saves come in order, so these are dead for certain."""
         with contextlib.suppress(FileNotFoundError):
-            steps = sorted(name for name in self.sizes(directory) if STEP.fullmatch(name))
+            steps = sorted((name for name in self.sizes(directory) if STEP.fullmatch(name)), key=_number)
             whole = [name for name in steps if MANIFEST in self.sizes(directory / name)]
             for name in steps:
                 if whole and name not in whole and _number(name) < _number(whole[-1]):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from parallax.checkpoint.files import NAMES, Written, write_shard
-from parallax.checkpoint.manifest import FORMAT, VERSION, parse_manifest, read_manifest, seal
+from parallax.checkpoint.manifest import FORMAT, VERSION, check_name, parse_manifest, read_manifest, seal
 from parallax.checkpoint.place import Place, place
 from parallax.checkpoint.store import MANIFEST, STEP, Draft, Store, store_of
 from parallax.errors import CheckpointError
@@ -175,7 +175,8 @@ def discard(draft: Draft) -> None:
 
 
 def check_entry(entry: Entry) -> None:
-    """Raise CheckpointError unless the entry's box lies in its tensor, has its shape, and its dtype can be saved."""
+    """Raise CheckpointError unless the entry can be saved, and its box lies in its tensor and has its shape."""
+    check_name(entry.name)
     shape = tuple(stop - start for start, stop in entry.box)
     inside = len(entry.box) == len(entry.global_shape) and all(
         0 <= start < stop <= size for (start, stop), size in zip(entry.box, entry.global_shape, strict=True)
@@ -262,7 +263,8 @@ def finish(
     manifest |= {"files": files, "tensors": tensors}
     try:
         text = seal(json.dumps(manifest, allow_nan=False).encode())
-        parse_manifest(text, draft.place / MANIFEST)  # what could not be loaded is not saved
+        num_bytes = sum(file["bytes"] for file in files.values())
+        parse_manifest(text, draft.place / MANIFEST, num_bytes)  # what could not be loaded is not saved
         found = store_of(target).sizes(draft.place)
         for name, file in files.items():
             if found.get(name) != file["bytes"]:

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 
 from parallax.checkpoint.place import Place
 from parallax.errors import CheckpointError
+from parallax.plain_files import open_regular
 
 __all__ = [
     "MANIFEST",
@@ -25,7 +25,6 @@ __all__ = [
     "aside_name",
     "clear_leftovers",
     "make_directories",
-    "open_regular",
     "set_aside",
     "store_of",
     "sync_directory",
@@ -271,15 +270,6 @@ def _begin_writeback(descriptor: int, stop: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, stop, os.POSIX_FADV_DONTNEED)
-
-
-def open_regular(path: Path) -> int:
-    """A descriptor to read a regular file. Follows no link and waits for no pipe; raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "not a regular file", str(path))
-    return descriptor
 
 
 def make_directories(path: Path, mode: int = 0o700) -> None:

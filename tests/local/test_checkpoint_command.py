@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from parallax import checkpoint, checkpoint_command
-from parallax.checkpoint import files
+from parallax import checkpoint
+from parallax.checkpoint import Entry, files
 from parallax.cli import main
 from parallax.resume import Checkpoints
 from tests.cases import LLAMA, TIED, advance, start
+from tests.local.exchange import alone
+from tests.local.test_checkpoint_damage import edit
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_diff(saved: Path, tmp_path: Path, capsys, monkeypatch, block: int):
 def read(path: Path, name: str) -> torch.Tensor:
     manifest = checkpoint.read_manifest(path)
     shape = manifest.tensors[name].global_shape
-    return checkpoint_command._read(manifest, name, tuple((0, size) for size in shape))
+    return files.read_global(manifest, name, tuple((0, size) for size in shape))
 
 
 def test_prune_and_mistakes(saved: Path, capsys):
@@ -130,3 +134,77 @@ def test_a_reader_that_has_enough_is_no_error(saved: Path):
     line = f"{sys.executable} -c '{program}' checkpoint show {path} --json | head -c 10"
     done = subprocess.run(line, shell=True, capture_output=True, text=True)
     assert done.stdout == '{"step": 1' and done.stderr == ""
+
+
+def test_damage_is_1_and_a_mistake_2_for_every_command(saved: Path, tmp_path: Path, capsys):
+    sound, damaged, _ = checkpoint.find(saved / "checkpoints")
+    commands: list[list[object]] = [
+        ["show", damaged],
+        ["diff", sound, damaged],
+        ["verify", damaged],
+        ["export", damaged, "--to", "hf", tmp_path / "hf"],
+        ["reshard", damaged, "--mesh", "1x1x1", tmp_path / "other"],
+    ]
+    damage(damaged)  # which only the hashes show
+    assert [answer(capsys, *words)[0] for words in commands[2:]] == [1, 1, 1]
+    shard = next(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    assert [answer(capsys, *words)[0] for words in commands] == [1, 1, 1, 1, 1]
+    assert answer(capsys, "show", saved / "nowhere")[0] == 2
+    assert answer(capsys, "diff", sound)[0] == 2
+
+
+def one(folder: Path, values: torch.Tensor) -> Path:
+    box = tuple((0, size) for size in values.shape)
+    return checkpoint.save(folder, 1, [Entry("w", tuple(values.shape), box, values, (0,))], {}, alone())
+
+
+def test_diff_compares_bits_and_writes_json(tmp_path: Path, capsys):
+    """0.0 equals -0.0 and NaN equals nothing: neither is what `bit for bit` means. Infinity is no JSON."""
+    zero, nan = torch.zeros(3, 4), torch.full((3, 4), math.nan)
+    paths = [one(tmp_path / name, v) for name, v in (("a", zero), ("b", -zero), ("c", nan), ("d", zero + 1))]
+    plus, minus, odd, ones = paths
+    assert answer(capsys, "diff", odd, odd) == (0, "the same tensors, bit for bit\n")
+    assert answer(capsys, "diff", plus, minus) == (1, "w  12 elements, at most 0 (0.0e+00)\n")
+
+    def refuse(text: str) -> Any:
+        raise AssertionError(f"{text} is no JSON")
+
+    for other, most in ((odd, None), (ones, 1.0)):
+        code, out = answer(capsys, "diff", plus, other, "--json")
+        row = json.loads(out, parse_constant=refuse)["different"]["w"]
+        assert code == 1 and row == {"elements": 12, "dtypes": ["F32", "F32"], "max_abs": most, "relative": None}
+
+
+def test_nothing_that_a_terminal_would_obey_is_printed(saved: Path, capsys):
+    path = checkpoint.find(saved / "checkpoints")[0]
+    edit(path, lambda manifest: manifest["state"].update({"mesh": "\x1b[31m", "a\x1b]0;title\x07": 1}))
+    (path / "\x1b[2J").write_text("")
+    assert main(["checkpoint", "show", str(path)]) == 1
+    assert "\\x1b[2J is not in the manifest" in capsys.readouterr().err
+    (path / "\x1b[2J").unlink()
+    for words in (["show", path], ["ls", saved]):
+        code, out = answer(capsys, *words)
+        assert code == 0 and "\x1b" not in out and "\\x1b[31m" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["model"].update(layers=10**9), "tensors for 1000000000 layers"),
+        (
+            lambda config: config["batch"].update(global_size=10**9, num_microbatches=10**9),
+            "has 1000000000 microbatches",
+        ),
+        (lambda config: config["pipeline"].update(schedule="/dev/zero.csv"), "a file outside of the checkpoint"),
+        (lambda config: config.update(model=[]), "model is a section"),
+    ],
+    ids=["layers", "microbatches", "file", "list"],
+)
+def test_reshard_does_not_believe_a_stranger_s_configuration(saved: Path, tmp_path: Path, capsys, change, message: str):
+    path = checkpoint.find(saved / "checkpoints")[0]
+    edit(path, lambda manifest: change(manifest["state"]["config"]))
+    begun = time.monotonic()
+    assert main(["checkpoint", "reshard", str(path), "--mesh", "1x1x1", str(tmp_path / "out")]) in (1, 2)
+    assert message in capsys.readouterr().err and time.monotonic() - begun < 5
+    assert not (tmp_path / "out").exists()

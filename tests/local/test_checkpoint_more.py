@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from parallax import checkpoint
-from parallax.checkpoint import Entry
+from parallax.checkpoint import Entry, files
+from parallax.checkpoint.store import store_of
 from parallax.errors import CheckpointError
 from tests.local.exchange import alone, together
-from tests.local.test_checkpoint import DTYPES, cut_rows, tensor
+from tests.local.test_checkpoint import DTYPES, cut_rows, entries, tensor
 
 load_file, save_file = (sys.modules[f"parallax.checkpoint.{name}"] for name in ("load", "save"))
 
@@ -67,7 +69,7 @@ def test_dtypes_of_odd_sizes_in_one_file(tmp_path: Path):
 
 
 def test_only_the_bytes_of_the_slice_leave_the_file(tmp_path: Path, monkeypatch):
-    """read_box makes no copy of the whole box: a megabyte lies there, a kilobyte is taken."""
+    """read_box makes no copy of the whole box: a megabyte lies there, two kilobytes are taken."""
     path = checkpoint.save(tmp_path, 1, [full("w", tensor((1024, 256)))], {}, alone())
     copied: list[int] = []
     honest = np.array
@@ -77,9 +79,9 @@ def test_only_the_bytes_of_the_slice_leave_the_file(tmp_path: Path, monkeypatch)
         return honest(part, *args, **options)
 
     monkeypatch.setattr(np, "array", spy)
-    target = torch.zeros(1, 255)
-    checkpoint.load(path, [Entry("w", (1024, 256), ((7, 8), (0, 255)), target, (0,))], alone())
-    assert copied == [1020] and torch.equal(target, tensor((1024, 256))[7:8, :255])
+    target = torch.zeros(2, 255)
+    checkpoint.load(path, [Entry("w", (1024, 256), ((7, 9), (0, 255)), target, (0,))], alone())
+    assert copied == [2040] and torch.equal(target, tensor((1024, 256))[7:9, :255])
 
 
 def test_no_bit_of_the_manifest_flips_into_other_numbers(tmp_path: Path):
@@ -186,3 +188,41 @@ def test_a_box_beyond_the_tensor_changes_nothing(tmp_path: Path):
     with pytest.raises(CheckpointError):
         checkpoint.load(path, [Entry("w", (12, 5), ((0, 14), (0, 5)), target, (0,))], alone())
     assert not target.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (1, 1, 9), (4, 6, 5), (3, 40), (50,), (), (2, 1, 1, 20), (7, 2)])
+def test_a_block_is_no_larger_than_it_may_be_whatever_the_shape(monkeypatch, shape: tuple[int, ...]):
+    """One data rank's owed gradient is of shape (1, rows, columns): its one row was one block of 205 M elements."""
+    monkeypatch.setattr(files, "BLOCK_ELEMENTS", 8)
+    box = tuple((10 + dim, 10 + dim + size) for dim, size in enumerate(shape))
+    seen = torch.zeros(shape)
+    for part, places in files.row_blocks(box):
+        assert math.prod(stop - start for start, stop in part) <= 8
+        assert seen[places].shape == tuple(stop - start for start, stop in part)
+        seen[places] += 1
+    assert bool((seen == 1).all())
+    monkeypatch.undo()
+    assert [math.prod(b - a for a, b in part) for part, _ in files.row_blocks(((0, 1), (0, 50_000), (0, 4096)))][
+        0
+    ] <= 1 << 22
+
+
+@pytest.mark.parametrize("where", ["path", "url"])
+def test_long_rows_are_read_in_parts(tmp_path: Path, monkeypatch, where: str):
+    """Each part by what lies in the file, and not the whole row again and again."""
+    monkeypatch.setattr(files, "BLOCK_ELEMENTS", 16)
+    whole = tensor((2, 6, 10))
+    folder = tmp_path / "c" if where == "path" else checkpoint.place(f"memory://long/{tmp_path.name}")
+    boxes = [((0, 1), (0, 6), (0, 10)), ((1, 2), (0, 4), (0, 10)), ((1, 2), (4, 6), (0, 10))]
+    path = checkpoint.save(folder, 1, entries("w", whole, boxes), {}, alone())
+    manifest = checkpoint.read_manifest(path)
+    asked: list[int] = []
+    store = type(store_of(path))
+    honest = store.read_into
+    monkeypatch.setattr(store, "read_into", lambda self, p, at, out: (asked.append(len(out)), honest(self, p, at, out)))
+    target = torch.zeros(2, 6, 10)
+    checkpoint.load(path, [full("w", target)], alone())
+    assert torch.equal(target, whole) and sum(asked) == 4 * 120 and max(asked) <= 4 * 16
+    for box, _ in files.row_blocks(((0, 2), (1, 5), (2, 9))):
+        cut = tuple(slice(a, b) for a, b in box)
+        assert torch.equal(files.read_global(manifest, "w", box), whole[cut])

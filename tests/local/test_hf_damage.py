@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from parallax.checkpoint.hf_export import export_hf
 from parallax.checkpoint.hf_files import INDEX, SINGLE, read_hf_headers
-from parallax.errors import CheckpointError
+from parallax.config_hf import read_hf_config
+from parallax.errors import CheckpointError, ConfigError
+from parallax.plain_json import ROOM_BYTES
 from parallax.resume import Checkpoints
 from tests.hf_models import run_of, save_our_model
 
@@ -95,6 +98,19 @@ def test_the_length_of_the_header_is_checked_before_it_is_read(original: Path, t
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(CheckpointError, match=f"its header has {length} bytes"):
         read_hf_headers(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("where", [SINGLE, INDEX])
+def test_a_header_takes_no_more_memory_than_twice_the_files_and_32_mb(tmp_path: Path, where: str):
+    """A million empty lists: 3 MB took 70."""
+    text = b'{"__metadata__":[' + b"[]," * 1_000_000 + b"[]]}"
+    (tmp_path / where).write_bytes(len(text).to_bytes(8, "little") + text if where == SINGLE else text)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="more memory than there is room"):
+        read_hf_headers(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 2 * len(text) + ROOM_BYTES
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1, -5000])
@@ -177,3 +193,17 @@ def test_missing_and_unknown_weights_are_named_and_nothing_changes(original: Pat
     attempt("of shape \\(47,\\), its config.json says", lambda t: t.update({NORM: torch.ones(47)}))
     attempt("weights must be F64", lambda t: t.update({NORM: torch.ones(48, dtype=torch.int32)}))
     assert math.isfinite(float(before.sum()))
+
+
+def test_a_config_that_is_a_link_is_not_followed(original: Path, tmp_path: Path):
+    shutil.copytree(original / "single", tmp_path / "hf")
+    (tmp_path / "hf/config.json").rename(tmp_path / "outside.json")
+    (tmp_path / "hf/config.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ConfigError, match="it must be a regular file, no link"):
+        read_hf_config(tmp_path / "hf")
+    shutil.copytree(original / "run", tmp_path / "run")
+    shutil.copytree(tmp_path / "hf", tmp_path / "run/hf", symlinks=True)
+    step = next((tmp_path / "run/checkpoints").iterdir())
+    with pytest.raises(ConfigError, match="it must be a regular file, no link"):
+        export_hf(step, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

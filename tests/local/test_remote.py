@@ -196,3 +196,29 @@ def test_the_tool_reads_urls(bucket: RemotePath, capsys):
 def test_a_store_that_nobody_knows_is_one_clear_error(capsys):
     assert main(["checkpoint", "show", "nosuch://bucket/step-00000001"]) == 2
     assert "no store of nosuch:// can be reached" in capsys.readouterr().err
+
+
+def test_steps_of_nine_digits_come_after_those_of_eight(bucket: RemotePath):
+    """As text, step-100000000 comes before step-99999999, and so did what died between them seem to be under way."""
+    for step in (99_999_998, 100_000_000):
+        save(bucket, step)
+    dead = bucket / "step-99999999"
+    remote_store.RemoteStore().write(dead / "rank-00000.safetensors", [b"x"])
+    checkpoint.clear_leftovers(bucket)
+    system, path = file_system(bucket)
+    system.invalidate_cache()
+    assert sorted(name.rpartition("/")[2] for name in system.ls(path, detail=False)) == [
+        "step-100000000",
+        "step-99999998",
+    ]
+
+
+def test_a_store_that_cannot_be_set_up_is_one_error(monkeypatch):
+    """Stores raise what they like: google's and botocore's own, where there are no credentials."""
+
+    def fail(protocol: str) -> Any:
+        raise RuntimeError("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec, "filesystem", fail)
+    with pytest.raises(CheckpointError, match="no store of s3:// can be reached: Unable to locate credentials"):
+        checkpoint.find(place("s3://bucket/run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ def told(where: int) -> list[tuple[bool, ...]]:
             train_step(run, state, make_batch(run.config, run.mesh, state.step), stop)
         else:
             batches = iter([make_batch(run.config, run.mesh, 90), make_batch(run.config, run.mesh, 91)])
-            evaluate(run, batches, stop)
+            assert math.isnan(evaluate(run, batches, stop))
             stop.here = len(list(batches)) == 1  # the second one was not looked at
         found.append((before, stop.agreed, stop.here if when == "validation" else True))
     return found
@@ -67,16 +68,24 @@ def test_a_clock_and_a_reason():
     assert stop.wished and stop.reason == "time_limit=10 s is over"
 
 
+def test_the_time_limit_counts_from_the_start_of_the_process():
+    """What imports, assembling and resuming took is part of a job's time."""
+    code = "import time; time.sleep(0.5); from parallax.stop import Stop; print(Stop(0.4).wished, Stop(60).wished)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
 @pytest.fixture
 def started(tmp_path: Path):
     """Start the recipe; whatever is still there at the end is killed."""
     running: list[subprocess.Popen[str]] = []
 
-    def begin(size: int, *arguments: str) -> subprocess.Popen[str]:
+    def begin(size: int, *arguments: str, **more: str) -> subprocess.Popen[str]:
         given = {argument.partition("=")[0] for argument in arguments}
         line = command(size, *(one for one in SMALL if one.partition("=")[0] not in given), *arguments)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, text=True, **pipes, start_new_session=True)
+        pipes |= {"cwd": tmp_path, "env": ENVIRONMENT | more, "text": True}
+        process = subprocess.Popen(line, **pipes, start_new_session=True)
         running.append(process)
         return process
 
@@ -132,9 +141,50 @@ def test_time_is_up_and_a_second_signal_ends_at_once(started, tmp_path: Path):
     process = started(1, "steps=100000", "output=twice", "batch.global_size=4096", "checkpoint.every=0")
     wait_for(tmp_path / "twice/metrics.jsonl", 1, process)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_every_process_of_a_job_is_one_wish(started, tmp_path: Path):
+    """As Slurm delivers it: each worker gets it from the scheduler and, milliseconds later, from torchrun again."""
+    process = started(2, "mesh=2x1x1", "steps=100000", "checkpoint.every=100000", "output=job")
+    wait_for(tmp_path / "job/metrics.jsonl", 3, process)
+    for pid in (*workers_of(process), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "SIGTERM came: ended after step" in out, err
+    assert len(checkpoint.find(tmp_path / "job/checkpoints")) == 1
+
+
+@pytest.mark.parametrize("shared_memory", ["0", "1"])
+def test_a_second_signal_ends_a_rank_that_waits_for_another(started, tmp_path: Path, shared_memory: str):
+    """Python runs no handler while gloo waits in C."""
+    process = started(2, "mesh=2x1x1", "steps=100000", "output=stuck", PARALLAX_SHARED_MEMORY=shared_memory)
+    wait_for(tmp_path / "stuck/metrics.jsonl", 3, process)
+    waiting, stuck = workers_of(process)
+    os.kill(stuck, signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(waiting, signal.SIGTERM)
+    time.sleep(1.2)
+    assert Path(f"/proc/{waiting}").exists(), "the first one alone ends nothing"
+    os.kill(waiting, signal.SIGTERM)
+    time.sleep(1)
+    os.kill(stuck, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert "SIGTERM is the second signal: ended at once" in err
+
+
+def test_a_validation_that_is_cut_short_leaves_no_val_loss(started, tmp_path: Path):
+    """The mean of its first batches is another number than that of all."""
+    options = ["steps=100000", "output=cut", "validation.every=2", "validation.batches=100000", "checkpoint.every=0"]
+    process = started(1, *options)
+    wait_for(tmp_path / "cut/metrics.jsonl", 1, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "ended after step 2" in out, err
+    assert [row.get("val_loss", "none") for row in rows(tmp_path / "cut")] == ["none", "none"]
 
 
 def test_two_runs_in_one_directory_are_refused_and_a_dead_one_is_no_run(started, tmp_path: Path):
