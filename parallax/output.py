@@ -62,7 +62,10 @@ def describe_run(config: Config, output: Path) -> None:
     """
     checkpoint.make_directories(output, 0o777)
     part = output / "config.yaml.part"
-    part.write_text(to_yaml(config))
+    with open(part, "w") as file:
+        file.write(to_yaml(config))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, output / "config.yaml")
     if config.init_from != "none":  # the tokenizer goes with the weights, into every export
         checkpoint.copy_companions(Path(config.init_from), output / "hf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -279,6 +280,8 @@ def make_directories(path: Path, mode: int = 0o700) -> None:
     for new in reversed([one for one in (path, *path.parents) if not one.exists()]):
         new.mkdir(mode=mode, exist_ok=True)
         sync_directory(new.parent)
+    if not path.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def sync_directory(path: Path) -> None:

@@ -182,6 +182,12 @@ def test_a_new_directory_s_own_name_is_durable(tmp_path: Path, monkeypatch, lock
     assert {str(tmp_path / "run/checkpoints"), str(tmp_path / "run"), str(tmp_path)} <= set(synced)
 
 
+def test_a_file_is_no_directory_to_lock(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        checkpoint.DirectoryLock(tmp_path / "file")
+
+
 def test_a_box_beyond_the_tensor_changes_nothing(tmp_path: Path):
     path = checkpoint.save(tmp_path, 1, cut_rows(tensor((12, 5)), 1, 0), {}, alone())
     target = torch.zeros(14, 5)
