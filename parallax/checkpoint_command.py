@@ -22,7 +22,7 @@ USAGE = """parallax checkpoint COMMAND ...
   show CHECKPOINT        what it holds: step, mesh, files, tensors
   verify CHECKPOINT ...  whether it is what was saved: manifest, sizes, every file's hash
   diff A B               which tensors differ, and by how much
-  prune RUN keep=K [keep_every=N]   delete all but the newest K and multiples of N
+  prune RUN keep=K [keep_every=N]   delete all but the newest K that are sound, and multiples of N
   reshard CHECKPOINT --mesh 2x2x2 OUT [key=value ...]   write OUT/checkpoints with the files of another mesh
   export CHECKPOINT --to hf OUT     a Hugging Face model directory; export --help tells the options
 All but export take --json. Exit code: 0, 1 where something is damaged or differs, 2 for a mistake in the command."""
@@ -115,28 +115,31 @@ def _show(words: Sequence[str]) -> tuple[Any, list[str], int]:
 
 
 def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    if not words:
+        raise ConfigError(f"verify takes one checkpoint or more\nusage: {USAGE}")
+    rows = [{"path": word, "problems": _problems(place(word))} for word in words]
+    lines = [line for row in rows for line in (row["problems"] or [f"{row['path']} is sound"])]
+    return rows, lines, int(any(row["problems"] for row in rows))
+
+
+def _problems(path: Place) -> list[str]:
+    """What keeps a checkpoint from being what was saved: its manifest, its sizes, every file's sha256."""
     from parallax import checkpoint
     from parallax.checkpoint.files import check_file
 
-    if not words:
-        raise ConfigError(f"verify takes one checkpoint or more\nusage: {USAGE}")
-    rows: list[dict[str, Any]] = []
-    for word in words:
-        problems: list[str] = []
-        try:
-            manifest = checkpoint.read_manifest(place(word))
-            for name in sorted(manifest.files):
-                try:
-                    check_file(manifest, name, thorough=True)
-                except CheckpointError as error:
-                    problems.append(str(error))
-        except CheckpointError as error:
-            problems.append(str(error))
-        except OSError as error:
-            problems.append(f"{error.filename} cannot be read: {error.strerror}")
-        rows.append({"path": word, "problems": problems})
-    lines = [line for row in rows for line in (row["problems"] or [f"{row['path']} is sound"])]
-    return rows, lines, int(any(row["problems"] for row in rows))
+    problems: list[str] = []
+    try:
+        manifest = checkpoint.read_manifest(path)
+        for name in sorted(manifest.files):
+            try:
+                check_file(manifest, name, thorough=True)
+            except CheckpointError as error:
+                problems.append(str(error))
+    except CheckpointError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"{error.filename} cannot be read: {error.strerror}")
+    return problems
 
 
 def _diff(words: Sequence[str]) -> tuple[Any, list[str], int]:
@@ -216,8 +219,17 @@ def _prune(words: Sequence[str]) -> tuple[Any, list[str], int]:
     if unknown or not all(text.isdecimal() for text in numbers.values()) or int(numbers.get("keep", "0")) < 1:
         raise ConfigError(f"prune takes a run, keep=K of at least 1, and keep_every=N\nusage: {USAGE}")
     directory = _checkpoints(_one([word for word in words if "=" not in word], "run"))
+    damaged: list[str] = []
+
+    def check(path: Place) -> None:
+        if problems := _problems(path):
+            damaged.append(f"{path} is damaged, so it stays and does not count: {problems[0]}")
+            raise CheckpointError(problems[0])
+
     # No run may be writing there.
     lock = checkpoint.DirectoryLock(directory) if isinstance(directory, Path) else contextlib.nullcontext()
     with lock:
-        gone = checkpoint.prune(directory, int(numbers["keep"]), int(numbers.get("keep_every", "0")))
-    return [str(path) for path in gone], [f"deleted {path}" for path in gone] or ["nothing to delete"], 0
+        keep, keep_every = int(numbers["keep"]), int(numbers.get("keep_every", "0"))
+        gone = checkpoint.prune(directory, keep, keep_every, check=check)
+    lines = [f"deleted {path}" for path in gone] or ["nothing to delete"]
+    return [str(path) for path in gone], damaged + lines, int(bool(damaged))

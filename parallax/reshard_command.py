@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from parallax import checkpoint
@@ -35,7 +37,13 @@ def run_reshard(argv: Sequence[str]) -> tuple[Any, list[str], int]:
     config = _config(manifest, overrides)
     files = _files(manifest, config)
     state = {**manifest.state, "mesh": str(config.mesh_shape), "config": to_dict(config)}
-    target = rewrite(manifest, checkpoint.place(words[1]) / "checkpoints", state, files)
+    directory = checkpoint.place(words[1]) / "checkpoints"
+    try:  # no run may be writing there
+        lock = checkpoint.DirectoryLock(directory) if isinstance(directory, Path) else contextlib.nullcontext()
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}") from None
+    with lock:
+        target = rewrite(manifest, directory, state, files)
     written = checkpoint.read_manifest(target)
     size = sum(file.bytes for file in written.files.values())
     data = {"path": str(target), "mesh": str(config.mesh_shape), "files": len(written.files), "bytes": size}

@@ -1,8 +1,7 @@
-"""What a run leaves on disk and takes up again: its output directory, its checkpoints, the point it had reached."""
+"""What a run leaves on disk and takes up again: its checkpoints, and the point that it had reached."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from parallax import checkpoint
 from parallax.assemble import Run
 from parallax.checkpoint import Entry, Place
 from parallax.comm import gather_json
-from parallax.config import Config
-from parallax.config_io import to_dict, to_yaml
-from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint, NewerCheckpoint, ParallaxError
+from parallax.config_io import to_dict
+from parallax.errors import CheckpointError, DamagedCheckpoint, NewerCheckpoint, ParallaxError
 from parallax.mesh import Mesh
+from parallax.output import checkpoints_of, describe_run, prepare_output
 from parallax.owed import Loading, holders, owed_entries
 from parallax.saved_state import read_counts
 from parallax.step import TrainState
@@ -27,64 +26,18 @@ SAME = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length", 
 """What decides which samples a step sees: a resumed run must agree with the saved one."""
 
 
+END_S = 30.0
+"""How long a run that fails waits for its save: torchrun gives ranks as long when another has gone."""
 MOST_ROLLBACKS = 3
 """Times a run may go back to one checkpoint: the same mistake on any samples is not the samples'."""
 
 
-def prepare_output(config: Config, mesh: Mesh) -> Path:
-    """The run's directory, made by rank 0, with the resolved config in config.yaml. Collectives: its name, once.
-
-    output=auto is the next free runs/NNN. Raises ConfigError, on every rank, where it cannot be made, or where
-    it holds checkpoints that a run with resume=none would mix with its own.
-    """
-    answer: dict[str, Any] = {}
-    if mesh.rank == 0:
-        try:
-            directory = _next_run(Path("runs")) if config.output == "auto" else Path(config.output)
-            found = checkpoint.latest(checkpoints_of(config, directory)) if config.resume == "none" else None
-            if found is not None:
-                raise ConfigError(
-                    f"output={directory} already holds {found}; resume=auto goes on from it, another output starts anew"
-                    if config.checkpoint.directory is None
-                    else f"checkpoint.directory={config.checkpoint.directory} already holds {found}; resume=auto goes "
-                    "on from it, another directory starts anew"
-                )
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(to_yaml(config))
-            if config.init_from != "none":  # the tokenizer goes with the weights, into every export
-                checkpoint.copy_companions(Path(config.init_from), directory / "hf")
-            answer = {"output": str(directory)}
-        except (OSError, ParallaxError) as error:
-            text = (
-                str(error) if isinstance(error, ParallaxError) else f"output={config.output} cannot be written: {error}"
-            )
-            answer = {"error": text}
-    answer = gather_json(answer, mesh.world, mesh.device)[0]
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    return Path(answer["output"])
-
-
-def checkpoints_of(config: Config, output: Path) -> Place:
-    """Where a run's checkpoints are."""
-    wish = config.checkpoint.directory
-    return output / "checkpoints" if wish is None else checkpoint.place(wish)
-
-
-def _next_run(runs: Path) -> Path:
-    runs.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name) for p in runs.iterdir() if p.name.isdigit()]
-    number = max(taken, default=0) + 1
-    while True:  # another run may take the number at the same moment
-        try:
-            os.mkdir(runs / f"{number:03d}")
-            return runs / f"{number:03d}"
-        except FileExistsError:
-            number += 1
-
-
 def _warning(error: object) -> str:
     return f"WARNING: {error}; nothing is lost so far: the run goes on, the next save is tried as usual"
+
+
+def _saved(path: Place, took_s: float, warning: str | None) -> str:
+    return f"saved {path} in {took_s:.2f} s" + (f"\n{_warning(warning)}" if warning else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +71,9 @@ class Checkpoints:
         self._staging: checkpoint.Staging = {}
 
     def take_lock(self) -> None:
-        """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
+        """Keep other runs out of the directory as long as this one lives; then it is this run's: its configuration is
+        written. Raises CheckpointError on every rank.
+        """
         problem = None
         if self.run.mesh.rank == 0 and self.lock is None:
             try:
@@ -127,7 +82,8 @@ class Checkpoints:
                     self.directory if isinstance(self.directory, Path) else self.output
                 )
                 checkpoint.clear_leftovers(self.directory)
-            except (CheckpointError, OSError) as error:
+                describe_run(self.run.config, self.output)
+            except (ParallaxError, OSError) as error:
                 problem = str(error)
         problem = self._exchange.gather_json(problem)[0]
         if problem is not None:
@@ -141,18 +97,19 @@ class Checkpoints:
         is waited for.
         """
         begun = time.perf_counter()
-        said = self._wait(raises=False)
+        said = self._wait()
         try:
             if self.run.config.checkpoint.background and not last:
                 self._under_way = checkpoint.BackgroundSave(**self._what_to_save(state), staging=self._staging)
                 stall = time.perf_counter() - begun
                 return said + f"saving {self._under_way.target} in the background; the training waited {stall:.3f} s"
-            path = self.save(state)
+            told: list[str] = []
+            path = checkpoint.save(**self._what_to_save(state), told=told)
         except CheckpointError as error:
             if last:
-                raise
+                raise CheckpointError(f"{said}{error}") from None
             return said + _warning(error)
-        return said + f"saved {path} in {time.perf_counter() - begun:.2f} s"
+        return said + _saved(path, time.perf_counter() - begun, told[0] if told else None)
 
     def news(self) -> list[str]:
         """What there is to say of a save in the background, on the rank that knows; not a collective."""
@@ -160,21 +117,32 @@ class Checkpoints:
         if save is None or self._told or not save.done:
             return []
         self._told = True
-        return [_warning(save.error) if save.error else f"saved {save.target} in {save.took_s:.2f} s"]
+        return [_warning(save.error) if save.error else _saved(save.target, save.took_s, save.warning)]
 
-    def _wait(self, *, raises: bool) -> str:
-        """Return when no save is under way, with what was not said yet of the last. Collectives: its error, once."""
-        save, self._under_way = self._under_way, None
+    def _wait(self) -> str:
+        """Return when no save is under way, with what was not said yet of the last. Collectives: its errors, twice."""
+        save = self._under_way
         if save is None:
             return ""
-        save.thread.join()
-        told, self._told = self._told, False
-        errors = [error for error in self._exchange.gather_json(save.error) if error]
-        if errors and raises:
-            raise CheckpointError(errors[0])
-        if told:
+        error = save.wait(self._exchange)
+        told, self._told, self._under_way = self._told, False, None
+        if told and error == save.error:
             return ""
-        return (_warning(errors[0]) if errors else f"saved {save.target} in {save.took_s:.2f} s") + "\n"
+        return (_warning(error) if error else _saved(save.target, save.took_s, save.warning)) + "\n"
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever ends the run: a save under way gets the time to complete, and what came of it is told."""
+        save = self._under_way
+        if save is None or self._told:
+            return
+        ended = save.end(END_S)
+        if save.error or not ended:
+            print(f"WARNING: {save.error or f'{save.target} was not complete after {END_S:g} s'}", flush=True)
+        elif self.run.mesh.rank == 0:
+            print(_saved(save.target, save.took_s, save.warning), flush=True)
 
     def how_to_go_on(self) -> str:
         """For the last line of a run that ends early."""
@@ -215,45 +183,87 @@ class Checkpoints:
         if wish == "none":
             return ""
         if wish != "auto":
+            self._refuse_a_branch(checkpoint.place(wish))
             self._load(checkpoint.place(wish), state)
             return f"resumed from {wish} at step {state.step} of {self.run.config.steps}"
-        # Rank 0 looks, so that all ranks take the same ones even while another run prunes.
-        found = [str(path) for path in reversed(checkpoint.find(self.directory))]
-        said: list[str] = []
-        for name in self._exchange.gather_json(found)[0]:
+        name, passed = self._load_newest(state)
+        if name is None:
+            return ""
+        return "\n".join([*passed, f"resumed from {name} at step {state.step} of {self.run.config.steps}"])
+
+    def _found(self) -> list[str]:
+        """The checkpoints in the directory, newest first. Rank 0 looks, so that all ranks take the same ones even while
+        another run prunes.
+        """
+        answer: dict[str, Any] = {}
+        if self.run.mesh.rank == 0:
+            try:
+                answer = {"found": [str(path) for path in reversed(checkpoint.find(self.directory))]}
+            except OSError as error:
+                answer = {"error": f"{self.directory} cannot be read: {error}"}
+        answer = self._exchange.gather_json(answer)[0]
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        return list(answer["found"])
+
+    def _refuse_a_branch(self, path: Place) -> None:
+        """Raise CheckpointError where a run that goes on from here would save below what is there already."""
+        step = self._read(path).step
+        higher = [name for name in self._found() if checkpoint.step_of(checkpoint.place(name)) > step]
+        if higher:
+            raise CheckpointError(
+                f"resume={path} is step {step}, and {self.directory} holds {higher[0]}: what this run saves would lie "
+                "below it, and be passed over later; resume=auto goes on from the newest, another output (or "
+                f"checkpoint.directory) begins a branch at step {step}"
+            )
+
+    def _load_newest(self, state: TrainState) -> tuple[str | None, list[str]]:
+        """Load the newest checkpoint that is sound. Returns it, None where there are none at all, and what to say of
+        those that were passed over. Raises CheckpointError, on every rank alike, where none is sound.
+        """
+        damaged: dict[str, str] = {}
+        for name in self._found():
             try:
                 self._load(checkpoint.place(name), state)
             except DamagedCheckpoint as error:
-                said.append(f"WARNING: passed over: {error}")
+                damaged[name] = f"WARNING: passed over: {error}"
                 continue
-            return "\n".join([*said, f"resumed from {name} at step {state.step} of {self.run.config.steps}"])
-        if said:
-            raise CheckpointError("\n".join([f"no checkpoint in {self.directory} is sound:", *said]))
-        return ""
+            return name, [text + self._set_aside(checkpoint.place(one)) for one, text in damaged.items()]
+        if damaged:
+            raise CheckpointError("\n".join([f"no checkpoint in {self.directory} is sound:", *damaged.values()]))
+        return None, []
+
+    def _set_aside(self, path: Place) -> str:
+        """Give a damaged checkpoint another name, so that its step can be saved again; returns what to say of it."""
+        if self.lock is None:  # of rank 0
+            return ""
+        try:
+            return f"; it is kept as {checkpoint.set_aside(path).name}"
+        except (CheckpointError, OSError) as error:
+            return f"; it stays, and its step cannot be saved again, since it cannot be renamed: {error}"
 
     def roll_back(self, state: TrainState) -> str:
-        """Go back to the latest checkpoint, but on to samples not seen yet; returns what to say.
+        """Go back to the latest checkpoint that is sound, but on to samples not seen yet; returns what to say.
 
         Raises CheckpointError, on every rank alike, where there is none, or where the run was there often enough.
         """
-        self._wait(raises=False)
-        found = checkpoint.latest(self.directory)
-        path = self._exchange.gather_json(str(found) if found else None)[0]
+        said = self._wait()
+        gone, batches = state.step, state.batches
+        path, passed = self._load_newest(state)
         if path is None:
             raise CheckpointError(
-                f"on_nan=rollback: step {state.step} went wrong before there was a checkpoint in {self.directory}; a "
+                f"{said}on_nan=rollback: step {gone} went wrong before there was a checkpoint in {self.directory}; a "
                 "lower optimizer.lr or more optimizer.warmup_steps helps most often, or a smaller checkpoint.every"
             )
         self._rollbacks[path] += 1
         if self._rollbacks[path] > MOST_ROLLBACKS:
             raise CheckpointError(
-                f"on_nan=rollback: step {state.step} went wrong, and the run has gone back to {path} "
+                f"{said}on_nan=rollback: step {gone} went wrong, and the run has gone back to {path} "
                 f"{MOST_ROLLBACKS} times already; look at what the log says of the first, or lower optimizer.lr"
             )
-        gone, batches = state.step, state.batches
-        self._load(checkpoint.place(path), state)
         state.batches = batches
-        return f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
+        back = f"step {gone} went wrong: back at step {state.step}, {path}, with other samples from here on"
+        return said + "\n".join([*passed, back])
 
     def _load(self, path: Place, state: TrainState) -> None:
         manifest = self._read(path)

@@ -49,31 +49,32 @@ def main() -> None:
     stop = Stop(config.time_limit).listen()
     batches = token_batches(corpus.train, seed=config.seed, start_step=state.batches, **run.share)
     metrics.resume()
-    for number, batch in enumerate(itertools.takewhile(lambda _: state.step < config.steps, batches)):
-        with traced(run, output, step=state.step + 1) as told:
-            result = train_step(run, state, batch, stop)
-        metrics.lap()
-        for line in told if number else [*told, describe_memory(run, state)]:
-            metrics.say(line)
-        last = state.step == config.steps
-        extra = {}
-        if config.validation.every and (state.step % config.validation.every == 0 or last) and not stop.agreed:
-            held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
-            val_loss = evaluate(run, held_out, stop)
-            extra = {} if stop.agreed else {"val_loss": val_loss}
-        metrics.record(result, **extra)
-        for line in checkpoints.news():
-            metrics.say(line)
-        if result.skipped and config.on_nan == "rollback":
-            metrics.say(checkpoints.roll_back(state))
+    with checkpoints:  # a save under way gets the time to complete, whatever ends the run
+        for number, batch in enumerate(itertools.takewhile(lambda _: state.step < config.steps, batches)):
+            with traced(run, output, step=state.step + 1) as told:
+                result = train_step(run, state, batch, stop)
+            metrics.lap()
+            for line in told if number else [*told, describe_memory(run, state)]:
+                metrics.say(line)
+            last = state.step == config.steps
+            extra = {}
+            if config.validation.every and (state.step % config.validation.every == 0 or last) and not stop.agreed:
+                held_out = validation_batches(corpus.validation, num_batches=config.validation.batches, **run.share)
+                val_loss = evaluate(run, held_out, stop)
+                extra = {} if stop.agreed else {"val_loss": val_loss}
+            metrics.record(result, **extra)
+            for line in checkpoints.news():
+                metrics.say(line)
+            if result.skipped and config.on_nan == "rollback":
+                metrics.say(checkpoints.roll_back(state))
+                metrics.resume()
+                continue
+            if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last or stop.agreed):
+                metrics.say(checkpoints.save_or_warn(state, last=last or stop.agreed))
+            if stop.agreed:
+                metrics.say(f"{stop.reason}: ended after step {state.step}; {checkpoints.how_to_go_on()}")
+                break
             metrics.resume()
-            continue
-        if config.checkpoint.every and (state.step % config.checkpoint.every == 0 or last or stop.agreed):
-            metrics.say(checkpoints.save_or_warn(state, last=last or stop.agreed))
-        if stop.agreed:
-            metrics.say(f"{stop.reason}: ended after step {state.step}; {checkpoints.how_to_go_on()}")
-            break
-        metrics.resume()
     metrics.close()
 
 

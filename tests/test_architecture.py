@@ -65,6 +65,7 @@ RANK = {
     "wrap": 13,
     "arrays": 13,
     "metrics": 13,
+    "output": 14,
     "resume": 15,
     "trace": 14,
     "memory": 4,

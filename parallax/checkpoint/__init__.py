@@ -10,7 +10,7 @@ from parallax.checkpoint.lock import DirectoryLock
 from parallax.checkpoint.manifest import Manifest, read_manifest
 from parallax.checkpoint.place import Place, place
 from parallax.checkpoint.save import Entry, Exchange, find, latest, prune, save, step_of
-from parallax.checkpoint.store import clear_leftovers
+from parallax.checkpoint.store import clear_leftovers, make_directories, set_aside, sync_directory
 
 __all__ = [
     "BackgroundSave",
@@ -26,9 +26,12 @@ __all__ = [
     "latest",
     "load",
     "load_hf",
+    "make_directories",
     "place",
     "prune",
     "read_manifest",
     "save",
+    "set_aside",
     "step_of",
+    "sync_directory",
 ]

@@ -10,6 +10,7 @@ import socket
 import time
 from pathlib import Path
 
+from parallax.checkpoint.store import make_directories
 from parallax.errors import CheckpointError
 from parallax.plain_files import open_regular
 
@@ -28,7 +29,7 @@ class DirectoryLock:
     def __init__(self, directory: Path) -> None:
         self._descriptors: list[int] = []
         self.path = directory / NAME
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directories(directory)
         try:
             # The directory itself too, so that nobody gets in by deleting the file. NFS can lock files alone.
             with contextlib.suppress(_NoLocks):

@@ -38,7 +38,9 @@ DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 """safetensors' names of the dtypes, and their sizes in bytes."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ')
-FILE_NAME = re.compile(r"rank-\d{5}\.safetensors")
+FILE_NAME = re.compile(r"rank-\d{5}(-[0-9a-f]{8})?\.safetensors")
+UNFINISHED = re.compile(r"(rank|record|failed|saving)-\d{5}-[0-9a-f]{8}(\.\w+)*")
+"""What a save that died may leave beside the files of one that did not, in a store without rename. Nobody reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,8 @@ def _check_apart(tensors: Mapping[str, SavedTensor]) -> None:
 
 def _check_files(manifest: Manifest, sizes: Mapping[str, int | None]) -> None:
     directory = manifest.path.parent
-    if extra := sorted(set(sizes) - set(manifest.files) - {MANIFEST}):
+    others = set(sizes) - set(manifest.files) - {MANIFEST}
+    if extra := sorted(name for name in others if not UNFINISHED.fullmatch(name)):
         raise DamagedCheckpoint(f"{directory / extra[0]} is not in the manifest; remove it, or take another checkpoint")
     for name, file in manifest.files.items():
         if name not in sizes:

@@ -1,20 +1,23 @@
 """Stores without rename and fsync, through fsspec: what the manifest names is uploaded first, the manifest last.
 
 A directory step-N without its manifest is no checkpoint: a save under way, or one that died. There is no lock in such
-a store, so the lock of the output directory is all that keeps two runs apart, and that no step is saved twice.
+a store, so the lock of the output directory is all that keeps two runs apart, and that no step is saved twice. So
+every save has a mark in the names of its files: two of one step do not write into each other's, one that gives up
+deletes its own alone, and what a dead one has left stays beside the next one's, unread, until the step is deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from parallax.checkpoint.place import RemotePath, file_system
-from parallax.checkpoint.store import MANIFEST, STEP
+from parallax.checkpoint.store import MANIFEST, STEP, Draft, aside_name
 from parallax.errors import CheckpointError, ParallaxError
 
 __all__ = ["RemoteStore"]
@@ -100,23 +103,57 @@ class RemoteStore:
         with _told(path):
             system.rm_file(name)
 
-    def start(self, directory: RemotePath, target: RemotePath) -> RemotePath:
+    def put(self, path: RemotePath, data: bytes) -> None:
+        system, name = file_system(path)
+        with _told(path):
+            system.makedirs(name.rpartition("/")[0], exist_ok=True)
+            system.pipe_file(f"{name}.part", data)
+            system.mv(f"{name}.part", name)  # file:// shows what is half written
+
+    def start(self, directory: RemotePath, target: RemotePath) -> Draft:
         system, path = file_system(target)
+        draft = Draft(target, f"-{secrets.token_hex(4)}")
         with _told(target):
             system.invalidate_cache()
             if system.exists(f"{path}/{MANIFEST}"):
                 raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
-            if system.exists(path):  # by a save that died
-                system.rm(path, recursive=True)
-        return target
+        self.put(draft.file("saving", 0), b"")
+        return draft
 
-    def commit(self, temporary: RemotePath, target: RemotePath, manifest: bytes) -> str | None:
+    def sees(self, draft: Draft) -> bool:
+        try:
+            return draft.file("saving", 0).name in self.sizes(draft.place)
+        except FileNotFoundError:
+            return False
+
+    def commit(self, draft: Draft, target: RemotePath, manifest: bytes) -> str | None:
         system, path = file_system(target)
         with _told(target):
             if system.exists(f"{path}/{MANIFEST}"):
                 raise CheckpointError("another run saved it meanwhile")
         self.write(target / MANIFEST, [manifest])
+        with contextlib.suppress(OSError):
+            self.delete(draft.file("saving", 0))
         return None
+
+    def give_up(self, draft: Draft) -> None:
+        system, path = file_system(draft.place)
+        names = self.sizes(draft.place)
+        if MANIFEST in names and draft.mark.encode() in self.read(draft.place / MANIFEST, names[MANIFEST] or 0):
+            return  # the store has taken the manifest, whatever it said
+        for name in names:
+            if draft.mark in name:
+                self.delete(draft.place / name)
+        with contextlib.suppress(Exception):  # it is not empty, or there are no directories in this store
+            system.rmdir(path)
+
+    def set_aside(self, path: RemotePath) -> RemotePath:
+        aside = path.parent / aside_name(path.name)
+        system, name = file_system(path)
+        with _told(path):  # by copying, since there is no rename
+            system.copy(name, file_system(aside)[1], recursive=True)
+        self.remove(path)
+        return aside
 
     def remove(self, path: RemotePath) -> None:
         system, name = file_system(path)

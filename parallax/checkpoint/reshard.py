@@ -8,8 +8,8 @@ from typing import Any
 from parallax.checkpoint.files import as_bytes, check_file, read_global, row_blocks, stream_shard
 from parallax.checkpoint.manifest import Manifest
 from parallax.checkpoint.place import Place
-from parallax.checkpoint.save import box_name, file_record, finish
-from parallax.checkpoint.store import store_of
+from parallax.checkpoint.save import box_name, discard, file_record, finish, shard
+from parallax.checkpoint.store import Draft, store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
@@ -28,22 +28,24 @@ def rewrite(
     target = directory / f"step-{manifest.step:08d}"
     store = store_of(directory)
     try:
-        temporary = store.start(directory, target)
+        draft = store.start(directory, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be saved: {error}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{target} cannot be saved: {error}") from None
     done = False
     try:
-        records = [_write(manifest, temporary, rank, boxes) for rank, boxes in enumerate(files) if boxes]
-        if problem := finish(temporary, target, manifest.step, state, records):
+        records = [_write(manifest, draft, rank, boxes) for rank, boxes in enumerate(files) if boxes]
+        if problem := finish(draft, target, manifest.step, state, records):
             raise CheckpointError(problem)
         done = True
     except OSError as error:
-        raise CheckpointError(f"{target} cannot be saved: {error.strerror} in {error.filename or temporary}") from None
+        raise CheckpointError(
+            f"{target} cannot be saved: {error.strerror} in {error.filename or draft.place}"
+        ) from None
     finally:
         if not done:
-            store.remove(temporary)
+            discard(draft)
     return target
 
 
@@ -53,7 +55,7 @@ def check_hashes(manifest: Manifest) -> None:
         check_file(manifest, name, thorough=True)
 
 
-def _write(manifest: Manifest, temporary: Place, rank: int, boxes: Sequence[tuple[str, Box]]) -> dict[str, Any]:
+def _write(manifest: Manifest, draft: Draft, rank: int, boxes: Sequence[tuple[str, Box]]) -> dict[str, Any]:
     """A rank's file, and what the manifest must say of it."""
 
     def data() -> Iterator[memoryview]:
@@ -61,13 +63,13 @@ def _write(manifest: Manifest, temporary: Place, rank: int, boxes: Sequence[tupl
             for block, _ in row_blocks(box):
                 yield as_bytes(read_global(manifest, name, block))
 
-    file = f"rank-{rank:05d}.safetensors"
+    path = shard(draft, rank)
     shapes = [tuple(stop - start for start, stop in box) for _, box in boxes]
     described = [
         (box_name(name, box), manifest.tensors[name].dtype, shape)
         for (name, box), shape in zip(boxes, shapes, strict=True)
     ]
-    written = stream_shard(temporary / file, described, data())
+    written = stream_shard(path, described, data())
     found = [
         {
             "name": name,
@@ -78,4 +80,4 @@ def _write(manifest: Manifest, temporary: Place, rank: int, boxes: Sequence[tupl
         }
         for (name, box), offset in zip(boxes, written.offsets, strict=True)
     ]
-    return file_record(file, written, found)
+    return file_record(path.name, written, found)

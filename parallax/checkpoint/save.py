@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from parallax.checkpoint.files import NAMES, Written, write_shard
-from parallax.checkpoint.manifest import FORMAT, VERSION, check_name, parse_manifest, seal
+from parallax.checkpoint.manifest import FORMAT, VERSION, check_name, parse_manifest, read_manifest, seal
 from parallax.checkpoint.place import Place, place
-from parallax.checkpoint.store import MANIFEST, STEP, Store, store_of
+from parallax.checkpoint.store import MANIFEST, STEP, Draft, Store, store_of
 from parallax.errors import CheckpointError
 from parallax.params import Box
 
@@ -66,13 +66,15 @@ def save(
     *,
     keep: int = 0,
     keep_every: int = 0,
+    told: list[str] | None = None,
 ) -> Place:
     """Write DIRECTORY/step-N. Returns it once it is complete and durable.
 
     Of ranks that hold the same box one writes it, chosen by a hash of its name so that the work is spread. Files are
     written to a temporary directory, fsynced and hashed; the manifest is written by rank 0; the rename comes last.
     keep: how many checkpoints stay, newest first; 0 is all. keep_every: those of a multiple of so many steps stay
-    too. Collectives: three exchanges of JSON.
+    too. told: gets what went wrong afterwards, when the checkpoint is there and only older ones could not be deleted.
+    Collectives: exchanges of JSON.
     Raises CheckpointError on every rank if any fails; what was there before is untouched.
     """
     begun = begin(directory, step, entries, state, exchange)
@@ -85,19 +87,19 @@ def save(
         if exchange.rank == 0:
             begun.give_up()
         raise
-    if exchange.rank == 0 and keep:
-        prune(directory, keep, keep_every, begun.target)
+    if exchange.rank == 0 and keep and (warning := thin_out(directory, keep, keep_every, begun.target)):
+        (told if told is not None else []).append(warning)
     return begun.target
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A save whose temporary directory is there. mine: the entries that this rank writes. None of its methods talks to
+    """A save whose place is there. mine: the entries that this rank writes. None of its methods talks to
     other ranks, so they may run in a thread.
     """
 
     target: Place
-    temporary: Place
+    draft: Draft
     step: int
     state: Mapping[str, Any]
     rank: int
@@ -106,51 +108,70 @@ class Begun:
     def write(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """Write this rank's file, durably. Returns what the manifest must say of it, and `error`: what went wrong."""
         try:
-            return {"error": None, **(_write(self.temporary, self.rank, entries) if entries else {})}
+            return {"error": None, **(_write(self.draft, self.rank, entries) if entries else {})}
         except OSError as problem:
-            where = problem.filename or self.temporary
-            return {"error": f"{self.target} cannot be saved: {problem.strerror} in {where}"}
+            what = f"{problem.strerror or problem} in {problem.filename or self.draft.place}"
+        except Exception as problem:  # noqa: BLE001 - raised here alone, it would leave the others waiting
+            what = f"{type(problem).__name__}: {problem}"
+        with contextlib.suppress(OSError):  # half a file takes the space that telling of it may need
+            store_of(self.target).delete(shard(self.draft, self.rank))
+        return {"error": f"{self.target} cannot be saved: {what}"}
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> str | None:
         """Write the manifest and give the directory its name. Returns what went wrong. For one rank."""
-        return finish(self.temporary, self.target, self.step, self.state, records)
+        return finish(self.draft, self.target, self.step, self.state, records)
 
     def give_up(self) -> None:
         """Delete what was written."""
-        _discard(self.temporary)
+        discard(self.draft)
 
 
 def begin(directory: Place, step: int, entries: Sequence[Entry], state: Mapping[str, Any], exchange: Exchange) -> Begun:
-    """Check what is to be saved and make the temporary directory. Collectives: two exchanges of JSON.
+    """Check what is to be saved and make a place for it. Collectives: three exchanges of JSON.
 
     Raises CheckpointError on every rank alike.
     """
-    target = directory / f"step-{step:08d}"
-    error, temporary = None, None
+    target, store = directory / f"step-{step:08d}", store_of(directory)
+    error: str | None = None
+    draft: Draft | None = None
     try:
         for entry in entries:
             check_entry(entry)
         if exchange.rank == 0:
             _check_state(step, state)
-            temporary = store_of(directory).start(directory, target)
+            draft = store.start(directory, target)
     except (OSError, CheckpointError) as problem:
         error = f"{target} cannot be saved: {problem}"
     try:
         agree(error, exchange)
+        where = exchange.gather_json([str(draft.place), draft.mark] if draft else None)[0]
+        shared = Draft(place(where[0]), where[1])
+        agree(_unseen(store, shared, target), exchange)
     except CheckpointError:
-        if temporary is not None:
-            _discard(temporary)
+        if draft is not None:
+            discard(draft)
         raise
-    temporary = place(exchange.gather_json(str(temporary))[0])
     # A rank that has two stages may hold a tied parameter twice.
     once = {(e.name, e.box): e for e in entries}.values()
     mine = [e for e in once if e.replicas[pick(e.name, e.box, len(e.replicas))] == exchange.rank]
-    return Begun(target, temporary, step, state, exchange.rank, mine)
+    return Begun(target, shared, step, state, exchange.rank, mine)
 
 
-def _discard(temporary: Place) -> None:
+def _unseen(store: Store, draft: Draft, target: Place) -> str | None:
+    """What keeps this rank from writing where rank 0 will look for it."""
+    try:
+        if store.sees(draft):
+            return None
+        problem = "not every rank sees what rank 0 has made there; take a place that all ranks share"
+    except (OSError, CheckpointError) as error:
+        problem = str(error)
+    return f"{target} cannot be saved: {problem}"
+
+
+def discard(draft: Draft) -> None:
+    """Delete what a save has written that came to nothing."""
     with contextlib.suppress(OSError):
-        store_of(temporary).remove(temporary)
+        store_of(draft.place).give_up(draft)
 
 
 def check_entry(entry: Entry) -> None:
@@ -185,11 +206,16 @@ def pick(name: str, box: Box, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % count
 
 
-def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
+def shard(draft: Draft, rank: int) -> Place:
+    """A rank's file."""
+    found: Place = draft.file("rank", rank, ".safetensors")
+    return found
+
+
+def _write(draft: Draft, rank: int, entries: Sequence[Entry]) -> dict[str, Any]:
     """This rank's file, and what the manifest must say of it."""
-    name = f"rank-{rank:05d}.safetensors"
-    named = [(box_name(e.name, e.box), e.tensor) for e in entries]
-    written = write_shard(temporary / name, named)
+    path = shard(draft, rank)
+    written = write_shard(path, [(box_name(e.name, e.box), e.tensor) for e in entries])
     boxes = [
         {
             "name": e.name,
@@ -200,7 +226,7 @@ def _write(temporary: Place, rank: int, entries: Sequence[Entry]) -> dict[str, A
         }
         for e, offset in zip(entries, written.offsets, strict=True)
     ]
-    return file_record(name, written, boxes)
+    return file_record(path.name, written, boxes)
 
 
 def file_record(name: str, written: Written, boxes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -215,9 +241,11 @@ def box_name(name: str, box: Box) -> str:
 
 
 def finish(
-    temporary: Place, target: Place, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    draft: Draft, target: Place, step: int, state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """Write the manifest and give the directory its name. Returns what went wrong."""
+    """Write the manifest and give the directory its name. Returns what went wrong, a file that is not there included:
+    a rank may have written into a store that is its own.
+    """
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for record in records:
@@ -236,8 +264,13 @@ def finish(
     try:
         text = seal(json.dumps(manifest, allow_nan=False).encode())
         num_bytes = sum(file["bytes"] for file in files.values())
-        parse_manifest(text, temporary / MANIFEST, num_bytes)  # what could not be loaded is not saved
-        return store_of(target).commit(temporary, target, text)
+        parse_manifest(text, draft.place / MANIFEST, num_bytes)  # what could not be loaded is not saved
+        found = store_of(target).sizes(draft.place)
+        for name, file in files.items():
+            if found.get(name) != file["bytes"]:
+                seen = f"{found[name]} bytes" if name in found else "nothing"
+                return f"{target} cannot be saved: a rank wrote {file['bytes']} bytes of {name}, and {seen} is there"
+        return store_of(target).commit(draft, target, text)
     except (OSError, ValueError) as problem:
         return f"{target} cannot be saved: {problem}"
 
@@ -265,20 +298,50 @@ def latest(directory: Place) -> Place | None:
     return found[-1] if found else None
 
 
-def prune(directory: Place, keep: int, keep_every: int = 0, saved: Place | None = None) -> list[Place]:
-    """Delete all but the highest `keep` steps, multiples of keep_every, and the one just saved, which a run that went
-    back may have below them. Returns what is gone.
+def prune(
+    directory: Place,
+    keep: int,
+    keep_every: int = 0,
+    saved: Place | None = None,
+    check: Callable[[Place], object] = read_manifest,
+) -> list[Place]:
+    """Delete what is older than the newest `keep` that are sound, but multiples of keep_every, and the one just saved,
+    which a run that went back may have below them. Returns what is gone.
+
+    check: raises CheckpointError or OSError where one is not sound. Of those that are not, the ones among the newest
+    stay as well: they count for nothing, and someone may want to look at them.
     """
+    sound, old = 0, []
+    for path in reversed(find(directory)) if keep > 0 else []:
+        if sound < keep:
+            sound += path == saved or _passes(check, path)
+        elif path != saved and not (keep_every and step_of(path) % keep_every == 0):
+            old.append(path)
     gone = []
-    for path in find(directory)[:-keep]:
-        if path == saved or (keep_every and step_of(path) % keep_every == 0):
-            continue
+    for path in reversed(old):
         try:
             store_of(path).remove(path)
         except OSError:
             continue  # it stays; the next save tries again
         gone.append(path)
     return gone
+
+
+def _passes(check: Callable[[Place], object], path: Place) -> bool:
+    try:
+        check(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def thin_out(directory: Place, keep: int, keep_every: int, saved: Place) -> str | None:
+    """As `prune`, once a checkpoint is complete: what fails then is no failure of the save. Returns what to say."""
+    try:
+        prune(directory, keep, keep_every, saved)
+    except (CheckpointError, OSError) as problem:
+        return f"{saved} is saved, but older checkpoints could not be deleted: {problem}"
+    return None
 
 
 def step_of(path: Place) -> int:

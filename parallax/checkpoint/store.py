@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,12 +18,35 @@ from parallax.checkpoint.place import Place
 from parallax.errors import CheckpointError
 from parallax.plain_files import open_regular
 
-__all__ = ["MANIFEST", "LocalStore", "Store", "clear_leftovers", "store_of", "sync_directory"]
+__all__ = [
+    "MANIFEST",
+    "Draft",
+    "LocalStore",
+    "Store",
+    "aside_name",
+    "clear_leftovers",
+    "make_directories",
+    "set_aside",
+    "store_of",
+    "sync_directory",
+]
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 BLOCK_BYTES = 1 << 22
+
+
+class Draft(NamedTuple):
+    """Where the files of a save lie until it is complete. mark: in the names of all of them, and in those of no other
+    save's that may lie beside them.
+    """
+
+    place: Any
+    mark: str = ""
+
+    def file(self, kind: str, rank: int, ending: str = "") -> Any:
+        return self.place / f"{kind}-{rank:05d}{self.mark}{ending}"
 
 
 class Store(Protocol):
@@ -65,16 +89,34 @@ class Store(Protocol):
         """Delete a file."""
         ...
 
-    def start(self, directory: Any, target: Any) -> Any:
+    def put(self, path: Any, data: bytes) -> None:
+        """Write a small new file that is there whole or not at all; an empty one takes no space. It need not last."""
+        ...
+
+    def start(self, directory: Any, target: Any) -> Draft:
         """Make the place where the files of a save go. Raises CheckpointError where the target is there already."""
         ...
 
-    def commit(self, temporary: Any, target: Any, manifest: bytes) -> str | None:
-        """Make what `start` made a checkpoint, in one step that happens or does not. Returns a warning, if any."""
+    def sees(self, draft: Draft) -> bool:
+        """Whether what `start` made on some rank is there on this one: so until the save is complete or given up."""
+        ...
+
+    def commit(self, draft: Draft, target: Any, manifest: bytes) -> str | None:
+        """Make a checkpoint of the files, once all of them are there. Returns what went wrong after that. Raises
+        CheckpointError or OSError: then there is none.
+        """
+        ...
+
+    def give_up(self, draft: Draft) -> None:
+        """Delete what this save has written, and nothing else. Not for one that is complete."""
+        ...
+
+    def set_aside(self, path: Any) -> Any:
+        """Give a checkpoint a name that is no checkpoint's; returns its new place."""
         ...
 
     def remove(self, path: Any) -> None:
-        """Delete a directory; a checkpoint stops being one before anything of it is gone."""
+        """Delete a checkpoint's directory; a checkpoint stops being one before anything of it is gone."""
         ...
 
     def clear(self, directory: Any) -> None:
@@ -93,6 +135,16 @@ def store_of(place: Place) -> Store:
 def clear_leftovers(directory: Place) -> None:
     """Delete what saves and deletions that died have left. Nobody else may be writing there."""
     store_of(directory).clear(directory)
+
+
+def set_aside(path: Place) -> Place:
+    """Keep a damaged checkpoint under a name that no run takes for a checkpoint, or deletes; returns its new place."""
+    found: Place = store_of(path).set_aside(path)
+    return found
+
+
+def aside_name(name: str) -> str:
+    return f"damaged-{name}-{secrets.token_hex(4)}"
 
 
 class LocalStore:
@@ -156,29 +208,43 @@ class LocalStore:
     def delete(self, path: Path) -> None:
         path.unlink()
 
-    def start(self, directory: Path, target: Path) -> Path:
-        new = [path for path in (directory, *directory.parents) if not path.exists()]
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for path in new:  # or a crash could lose the directory with all that is in it
-            sync_directory(path.parent)
+    def put(self, path: Path, data: bytes) -> None:
+        part = path.with_name(f"{path.name}.part")
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(data)
+        os.rename(part, path)
+
+    def start(self, directory: Path, target: Path) -> Draft:
+        make_directories(directory)
         if target.exists():
             raise CheckpointError("it exists, and a checkpoint is never overwritten; choose another output")
-        self.clear(directory)
         temporary = directory / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir(mode=0o700)
-        return temporary
+        return Draft(temporary)
 
-    def commit(self, temporary: Path, target: Path, manifest: bytes) -> str | None:
-        self.write(temporary / MANIFEST, [manifest])
-        sync_directory(temporary)
+    def sees(self, draft: Draft) -> bool:
+        return bool(draft.place.is_dir())
+
+    def commit(self, draft: Draft, target: Path, manifest: bytes) -> str | None:
+        self.write(draft.place / MANIFEST, [manifest])
+        sync_directory(draft.place)
         if target.exists():
             raise CheckpointError("another run saved it meanwhile")
-        os.rename(temporary, target)
+        os.rename(draft.place, target)
         try:
             sync_directory(target.parent)
         except OSError as problem:
             return f"{target} is complete, but a crash may lose it: its directory cannot be synced: {problem}"
         return None
+
+    def give_up(self, draft: Draft) -> None:
+        shutil.rmtree(draft.place, ignore_errors=True)
+
+    def set_aside(self, path: Path) -> Path:
+        aside = path.with_name(aside_name(path.name))
+        os.rename(path, aside)
+        sync_directory(path.parent)
+        return aside
 
     def remove(self, path: Path) -> None:
         # Renamed first, so that a half-deleted one is never taken for a checkpoint.
@@ -205,6 +271,17 @@ def _begin_writeback(descriptor: int, stop: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, stop, os.POSIX_FADV_DONTNEED)
+
+
+def make_directories(path: Path, mode: int = 0o700) -> None:
+    """Make a directory and those above it that are not there, durably: a crash that loses the name of one loses all
+    that is in it.
+    """
+    for new in reversed([one for one in (path, *path.parents) if not one.exists()]):
+        new.mkdir(mode=mode, exist_ok=True)
+        sync_directory(new.parent)
+    if not path.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def sync_directory(path: Path) -> None:

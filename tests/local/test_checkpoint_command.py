@@ -116,6 +116,18 @@ def test_prune_and_mistakes(saved: Path, capsys):
     assert main(["checkpoint", "--help"]) == 0
 
 
+def test_reshard_leaves_a_save_under_way_alone(saved: Path, tmp_path: Path, capsys):
+    """Into the directory of a run that lives nothing is written, and of what others have begun nothing is deleted."""
+    path = checkpoint.find(saved / "checkpoints")[0]
+    out = tmp_path / "out"
+    with checkpoint.DirectoryLock(out / "checkpoints"):
+        assert answer(capsys, "reshard", path, "--mesh", "1x2x1", out)[0] == 2, "a run is writing there"
+    under_way = out / "checkpoints/.tmp-step-00000009-0000"
+    under_way.mkdir()
+    assert answer(capsys, "reshard", path, "--mesh", "1x2x1", out)[0] == 0
+    assert under_way.is_dir() and [checkpoint.step_of(one) for one in checkpoint.find(out / "checkpoints")] == [1]
+
+
 def test_a_reader_that_has_enough_is_no_error(saved: Path):
     path = checkpoint.find(saved / "checkpoints")[0]
     program = "import sys; from parallax.cli import main; sys.exit(main())"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -163,8 +164,11 @@ def test_ranks_that_disagree_on_a_dtype_are_refused(tmp_path: Path):
     assert all(isinstance(error, CheckpointError) for error in together(2, save))
 
 
-def test_a_new_directory_s_own_name_is_durable(tmp_path: Path, monkeypatch):
-    """A first save makes OUTPUT/checkpoints: OUTPUT must be synced too, or a crash loses them all."""
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_new_directory_s_own_name_is_durable(tmp_path: Path, monkeypatch, locked: bool):
+    """A first save, or the lock of a run before it, makes OUTPUT/checkpoints: OUTPUT must be synced too, and what it
+    lies in, or a crash loses them all.
+    """
     synced: list[str] = []
     honest = os.fsync
 
@@ -173,8 +177,15 @@ def test_a_new_directory_s_own_name_is_durable(tmp_path: Path, monkeypatch):
         honest(descriptor)
 
     monkeypatch.setattr(os, "fsync", spy)
-    small(tmp_path / "run/checkpoints", 1)
-    assert {str(tmp_path / "run/checkpoints"), str(tmp_path / "run")} <= set(synced)
+    with checkpoint.DirectoryLock(tmp_path / "run/checkpoints") if locked else contextlib.nullcontext():
+        small(tmp_path / "run/checkpoints", 1)
+    assert {str(tmp_path / "run/checkpoints"), str(tmp_path / "run"), str(tmp_path)} <= set(synced)
+
+
+def test_a_file_is_no_directory_to_lock(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        checkpoint.DirectoryLock(tmp_path / "file")
 
 
 def test_a_box_beyond_the_tensor_changes_nothing(tmp_path: Path):

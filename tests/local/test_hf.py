@@ -120,6 +120,7 @@ def test_the_tokenizer_and_the_family_go_along(exported, tmp_path: Path):
     run, state = run_of("1x1x1", {"init_from": source, "output": tmp_path / "run"})
     output = prepare_output(run.config, init_mesh("1x1x1", device_type="cpu"))
     checkpoints = Checkpoints(run, output)
+    checkpoints.take_lock()
     checkpoints.begin(state)
     shutil.rmtree(source)
     done = export_hf(checkpoints.save(state), tmp_path / "out")

@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from parallax import checkpoint
 from parallax.cli import main
 from parallax.resume import Checkpoints
 from tests.cases import LLAMA, TIED, advance, start
+from tests.ranks.test_torchrun import ROOT, SMALL
+from tests.ranks.test_torchrun import run as torchrun
 
 CASE = LLAMA | TIED | {"dtype": "float32", "model.layers": 3, "checkpoint.keep": 0, "data.zero": 2}
 
@@ -91,3 +95,38 @@ def test_an_error_in_the_background_is_told_and_ends_no_run(ranks, tmp_path: Pat
     (warning,) = [line for line in found if line.startswith("WARNING")]
     assert "step-00000002 cannot be saved: No space left on device" in warning and "the run goes on" in warning
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, {recipes!r})
+import gpt
+import parallax.step
+from parallax.launch import entrypoint
+module = sys.modules["parallax.checkpoint.save"]
+write, step = module.write_shard, parallax.step._train_step
+def slow(path, named):
+    time.sleep(1.5)
+    return write(path, named)
+def broken(run, state, batch, stop):
+    if state.step == 3 and {where}:
+        raise FloatingPointError("the step went wrong")
+    return step(run, state, batch, stop)
+module.write_shard, parallax.step._train_step = slow, broken
+entrypoint(gpt.main)
+"""
+
+
+@pytest.mark.parametrize("where", ["True", "run.mesh.rank == 1"])
+def test_a_run_that_fails_completes_the_save_under_way(tmp_path: Path, where: str):
+    """Whether all ranks stop alike or one of them does; and it says so."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(recipes=str(ROOT / "recipes"), where=where))
+    small = [option for option in SMALL if not option.startswith("checkpoint.every")]
+    options = [*small, "mesh=2x1x1", "steps=9", "checkpoint.every=3", "checkpoint.background=true", "output=out"]
+    done = torchrun(2, *options, cwd=tmp_path, program=str(program))
+    assert done.returncode == 1 and "the step went wrong" in done.stderr
+    (path,) = checkpoint.find(tmp_path / "out/checkpoints")
+    assert path.name == "step-00000003" and main(["checkpoint", "verify", str(path)]) == 0
+    assert "saved out/checkpoints/step-00000003 in " in done.stdout
+    assert not list((tmp_path / "out/checkpoints").glob(".tmp-*"))

@@ -1,0 +1,156 @@
+"""Runs that meet a damaged checkpoint, an older one, another run, or their own end: no work is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallax import checkpoint
+from parallax.checkpoint import Place
+from parallax.checkpoint.place import file_system
+from parallax.errors import CheckpointError
+from parallax.mesh import init_mesh
+from parallax.resume import Checkpoints, prepare_output
+from parallax.step import TrainState
+from tests.cases import LLAMA, TIED, advance, start
+
+CASE = LLAMA | TIED | {"dtype": "float32", "model.layers": 2, "checkpoint.keep": 0}
+
+
+def begin(output: Path, **options: object) -> tuple[Checkpoints, TrainState]:
+    run, state = start("1x1x1", **CASE | {"output": str(output)} | options)
+    return Checkpoints(run, output), state
+
+
+def steps(checkpoints: Checkpoints) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.find(checkpoints.directory)]
+
+
+def train(checkpoints: Checkpoints, state: TrainState, num_steps: int) -> None:
+    """Steps, each of them saved."""
+    for _ in range(num_steps):
+        advance(checkpoints.run, state, 1)
+        checkpoints.save_or_warn(state, last=True)
+
+
+def damage(path: Place) -> None:
+    """A bit of a tensor flips."""
+    where = str(path) if isinstance(path, Path) else file_system(path)[1]
+    shard = next(Path(where).glob("rank-*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def test_a_run_that_the_lock_refuses_writes_nothing(tmp_path: Path):
+    """The configuration of the run that lives stays what it is."""
+    checkpoints, _ = begin(tmp_path)
+    checkpoints.take_lock()
+    before = (tmp_path / "config.yaml").read_text()
+    other, _ = begin(tmp_path, **{"optimizer.lr": 0.5, "resume": "auto"})
+    assert prepare_output(other.run.config, init_mesh("1x1x1", device_type="cpu")) == tmp_path
+    with pytest.raises(CheckpointError, match="in use by another run"):
+        other.take_lock()
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
+    assert checkpoints.lock is not None
+    checkpoints.lock.release()
+    other.take_lock()
+    assert "lr: 0.5" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(tmp_path: Path, url: bool):
+    """It is passed over and gets another name; the run that comes to that step again saves it, and does not end."""
+    where = {"checkpoint.directory": f"file://{tmp_path}/bucket"} if url else {}
+    checkpoints, state = begin(tmp_path / "a", **where)
+    train(checkpoints, state, 3)
+    saved = checkpoint.find(checkpoints.directory)
+    for path in saved[1:]:
+        damage(path)
+    again, other = begin(tmp_path / "a", resume="auto", **where)
+    again.take_lock()
+    first, second, last = again.resume(other).splitlines()
+    for line, path in ((first, saved[2]), (second, saved[1])):
+        assert line.startswith(f"WARNING: passed over: {path}/rank-00000"), line
+        aside = path.parent / line.rpartition("it is kept as ")[2]
+        assert aside.name.startswith(f"damaged-{path.name}-")
+        with pytest.raises(CheckpointError, match="altered"):
+            checkpoint.load(aside, again._entries(other), again._exchange)
+    assert last.startswith(f"resumed from {saved[0]} at step 1") and steps(again) == [1]
+    train(again, other, 2)
+    assert steps(again) == [1, 2, 3]
+    checkpoint.clear_leftovers(again.directory)
+    checkpoint.prune(again.directory, 1)
+    assert checkpoint.load(saved[2], again._entries(other), again._exchange)["step"] == 3
+    with pytest.raises(CheckpointError, match="altered"):  # it is never deleted
+        checkpoint.load(aside, again._entries(other), again._exchange)
+
+
+def test_where_none_is_sound_all_keep_their_names(tmp_path: Path):
+    """Or the next resume=auto would begin anew without a word."""
+    checkpoints, state = begin(tmp_path)
+    train(checkpoints, state, 2)
+    for path in checkpoint.find(checkpoints.directory):
+        damage(path)
+    again, other = begin(tmp_path, resume="auto")
+    again.take_lock()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="is sound"):
+            again.resume(other)
+    assert steps(again) == [1, 2]
+
+
+def test_going_back_passes_over_a_damaged_checkpoint(tmp_path: Path):
+    checkpoints, state = begin(tmp_path, on_nan="rollback")
+    checkpoints.take_lock()
+    train(checkpoints, state, 2)
+    damage(checkpoint.find(checkpoints.directory)[1])
+    advance(checkpoints.run, state, 1)
+    passed, said = checkpoints.roll_back(state).splitlines()
+    assert passed.startswith("WARNING: passed over: ") and "it is kept as damaged-step-00000002-" in passed
+    assert said.startswith("step 3 went wrong: back at step 1, ") and state.step == 1
+    train(checkpoints, state, 1)
+    assert steps(checkpoints) == [1, 2]
+
+
+def full(path: Path, named: Any) -> Any:
+    time.sleep(0.1)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_going_back_tells_of_a_save_that_failed_beside_it(tmp_path: Path, monkeypatch):
+    checkpoints, state = begin(tmp_path, on_nan="rollback", **{"checkpoint.background": "true"})
+    train(checkpoints, state, 1)
+    monkeypatch.setattr(sys.modules["parallax.checkpoint.save"], "write_shard", full)
+    for last in (False, True):
+        advance(checkpoints.run, state, 1)
+        assert checkpoints.save_or_warn(state, last=False).startswith("saving ")
+        if last:  # nor is it forgotten where the run ends
+            with pytest.raises(CheckpointError, match="(?s)00002 cannot.* space .*00002 cannot.* space "):
+                checkpoints.save_or_warn(state, last=True)
+        else:
+            said = checkpoints.roll_back(state).splitlines()
+            assert said[0].startswith("WARNING: ") and "No space left on device" in said[0]
+            assert said[1].startswith("step 2 went wrong: back at step 1, ")
+
+
+def test_a_run_does_not_go_on_below_what_is_there(tmp_path: Path):
+    """Resumed from step 1 with step 3 beside it, it would save step 2, and resume=auto would take step 3."""
+    checkpoints, state = begin(tmp_path / "a")
+    train(checkpoints, state, 3)
+    first = checkpoint.find(checkpoints.directory)[0]
+    again, other = begin(tmp_path / "a", resume=first)
+    with pytest.raises(CheckpointError, match="holds .*step-00000003: .* lie below it.*another output"):
+        again.resume(other)
+    assert other.step == 0
+    elsewhere, other = begin(tmp_path / "b", resume=first)
+    assert elsewhere.resume(other).startswith(f"resumed from {first} at step 1")
+    train(elsewhere, other, 1)
+    assert steps(elsewhere) == [2]
