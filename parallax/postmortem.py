@@ -26,6 +26,7 @@ __all__ = ["find_origin"]
 
 def find_origin(run: Run, batch: Batch, scale: float) -> str:
     """The first module whose output, or else the gradient of whose output, is not finite; microbatch, stage and ranks.
+    Or else the first parameter whose own gradient is not. scale: the step's.
 
     The first in the order of the numbers' own making: forwards before backwards, microbatch by microbatch, along the
     stages. Collectives: those of a step without its update, and a JSON text over the world. The gradients are lost.
@@ -46,9 +47,14 @@ def find_origin(run: Run, batch: Batch, scale: float) -> str:
             run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=scale)
     finally:
         run.pipeline.recorder = before
-    every = gather_json(min(found, default=None), run.mesh.world, run.mesh.device)
+    own = min(((run.order[s.name], s.name) for s, g in run.grads if not bool(g.isfinite().all())), default=None)
+    told = gather_json([min(found, default=None), own], run.mesh.world, run.mesh.device)
+    every = [one[0] for one in told]
     known = [tuple(first) for first in every if first is not None]
     if not known:
+        bad = min((tuple(one[1]) for one in told if one[1] is not None), default=None)
+        if bad is not None:
+            return f"it begins in the gradient of {bad[1]} itself: all outputs, and the gradients of them, are finite"
         return "run again, the step has finite numbers only: the hardware is to be doubted"
     first = min(known)
     ranks = ", ".join(str(rank) for rank, other in enumerate(every) if other is not None and tuple(other) == first)

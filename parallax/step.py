@@ -80,7 +80,7 @@ def _train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None) ->
     loss, norm = loss / scale, norm / scale
     config = run.config.optimizer
     lr = config.lr_at(state.step, run.config.steps)
-    skipped = "" if math.isfinite(norm) else explain(run, state, batch, loss, norm)
+    skipped = "" if math.isfinite(norm) else explain(run, state, batch, tokens, loss, norm)
     if not skipped:
         clip_gradients(run.flat_grads, norm, config.max_grad_norm, scale)
         state.optimizer.step_at(lr)
@@ -95,9 +95,10 @@ def _train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None) ->
     return StepResult(state.step, loss, norm, lr, tokens, skipped)
 
 
-def explain(run: Run, state: TrainState, batch: Batch, loss: float, norm: float) -> str:
+def explain(run: Run, state: TrainState, batch: Batch, tokens: int, loss: float, norm: float) -> str:
     """What is wrong with a step whose norm is not finite: the first parameter and the ranks that hold the gradients,
-    and, but for the common overflow of float16, where it begins: the step is run again, watched.
+    and, but for an overflow of float16 that a smaller loss scale may cure, where it begins: the step is run again,
+    watched.
 
     Raises FloatingPointError where such a step shall end the run. Collectives: a JSON text over the world; a step's.
     """
@@ -110,9 +111,10 @@ def explain(run: Run, state: TrainState, batch: Batch, loss: float, norm: float)
         ranks = ", ".join(str(rank) for _, other, rank in found if other == name)
         where = f"first in {name} (rank {ranks})"
     text = f"the gradient norm is {norm} (loss {loss}), {where}"
-    if run.config.dtype == "float16":
-        return text
-    text = f"{text}; {find_origin(run, batch, state.loss_scale.value)}"
+    scale = state.loss_scale.value
+    if run.config.dtype == "float16" and scale > 1 and math.isfinite(loss):
+        return text  # a smaller scale may do; where the loss is not finite itself, none does
+    text = f"{text}; {find_origin(run, batch, scale / max(1, tokens))}"
     if run.config.on_nan != "stop":
         return text
     raise FloatingPointError(

@@ -183,7 +183,7 @@ class Layer(nn.Module):
 
 
 class Head(ColumnParallelLinear):
-    """Vocabulary-parallel output layer and loss. x_nD, targets_N -> the sum of the losses, a float64 scalar.
+    """Vocabulary-parallel output layer and loss. x_nD, targets_N -> scale times the sum of the losses, float64.
 
     Where the logits would take too much they are never all there (tensor/fused_loss.py).
 
@@ -207,11 +207,11 @@ class Head(ColumnParallelLinear):
         layout = vocab_layout(config.vocab, config.hidden, mesh.tensor, (start, stop), config.init_std)
         self.layouts = {"weight": (replace(layout, tied_to=TIED[0] if config.tie_embeddings else None),)}
 
-    def forward(self, x: Tensor, targets_N: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Logits [N, v]; the loss where there are targets."""
         if targets_N is None:
             return super().forward(x)
-        options: dict[str, Any] = {"vocab_range": self.vocab_range, "ignore_index": IGNORE}
+        options: dict[str, Any] = {"vocab_range": self.vocab_range, "ignore_index": IGNORE, "scale": scale}
         if fuses_loss(targets_N.numel(), self.weight.shape[0]):
             return linear_cross_entropy(x, self, targets_N, **options)
         return vocab_parallel_cross_entropy(super().forward(x), targets_N, self.tensor, overwrite=True, **options)
@@ -285,7 +285,7 @@ class Transformer(nn.Module):
         if self.head is None or self.final_norm is None:
             assert x is not None
             return x
-        return self.head(self.final_norm(x), microbatch.targets_BT.reshape(-1)) * scale
+        return self.head(self.final_norm(x), microbatch.targets_BT.reshape(-1), scale)
 
     def _rotary_for(self, length: int, device: torch.device) -> Tensor | None:
         if self.config.positions != "rotary":

@@ -28,7 +28,13 @@ class OutputLayer(Protocol):
 
 
 def linear_cross_entropy(
-    x: Tensor, layer: OutputLayer, targets_N: Tensor, *, vocab_range: tuple[int, int], ignore_index: int = -100
+    x: Tensor,
+    layer: OutputLayer,
+    targets_N: Tensor,
+    *,
+    vocab_range: tuple[int, int],
+    ignore_index: int = -100,
+    scale: float = 1.0,
 ) -> Tensor:
     """`vocab_parallel_cross_entropy(layer(x), ...)` without the logits: a float64 scalar.
 
@@ -38,7 +44,7 @@ def linear_cross_entropy(
     Collectives: those of the layer, and one all-gather of 3 numbers a token over tensor, chunk by chunk.
     """
     return _LinearCrossEntropy.apply(
-        x, layer.weight, layer, targets_N, vocab_range, ignore_index, torch.is_grad_enabled()
+        x, layer.weight, layer, targets_N, vocab_range, ignore_index, scale, torch.is_grad_enabled()
     )
 
 
@@ -52,6 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         vocab_range: tuple[int, int],
         ignore_index: int,
+        scale: float,
         trains: bool,
     ) -> Tensor:
         x_ND = all_gather(x, layer.tensor) if layer.sequence_parallel else x
@@ -63,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for at in range(0, x_ND.shape[0], step):
             rows = slice(at, at + step)
             logits = linear(x_ND[rows], weight, None)
-            chunk = CrossEntropy(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index)
+            chunk = CrossEntropy(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index, scale)
             loss += chunk.loss
             if grad_x is None or grad_weight is None:
                 continue
@@ -85,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             returned = grad_weight.mul_(grad).to(weight.dtype)
         elif weight.requires_grad and layer.sink is not None:
             layer.sink.add(weight, lambda out: _add(out, grad_weight, grad))
-        return pending.wait(), returned, None, None, None, None, None
+        return pending.wait(), returned, None, None, None, None, None, None
 
 
 def _add(out: Tensor, grad: Tensor, factor: Tensor) -> None:

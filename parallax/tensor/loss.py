@@ -24,24 +24,32 @@ def vocab_parallel_cross_entropy(
     vocab_range: tuple[int, int],
     ignore_index: int = -100,
     overwrite: bool = False,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Sum of -log softmax(logits)[target] over the tokens that are not ignored: a float64 scalar.
+    """scale times the sum of -log softmax(logits)[target] over the tokens that are not ignored: a float64 scalar.
 
     logits_Nv: this rank's columns, for the vocabulary [start, stop) of vocab_range; columns beyond stop - start are
-    padding and take no part. targets_N: int64, global ids. A sum, not a mean: who divides by the global token count is
-    the caller. The gradient is taken in the forward, in chunks of tokens; with `overwrite` it replaces the logits in
-    their own memory (then nothing else may need them), otherwise it takes one more copy of [N, v].
+    padding and take no part. targets_N: int64, global ids. A sum, not a mean: the caller divides by the global token
+    count through scale, by which the gradient is multiplied before it is rounded to the dtype of the logits. The
+    gradient is taken in the forward, in chunks of tokens; with `overwrite` it replaces the logits in their own memory
+    (then nothing else may need them), otherwise it takes one more copy of [N, v].
     Collectives: one all-gather of 3N numbers (each rank's maximum, sum of exponentials at that maximum, target logit).
     Source: arXiv:1909.08053, section 3, with the maximum and both sums in one message.
     """
-    return _CrossEntropy.apply(logits_Nv, targets_N, tensor, vocab_range, ignore_index, overwrite)
+    return _CrossEntropy.apply(logits_Nv, targets_N, tensor, vocab_range, ignore_index, overwrite, scale)
 
 
 class CrossEntropy:
     """The loss of [N, v] logits, and what its gradient takes: see `vocab_parallel_cross_entropy`."""
 
     def __init__(
-        self, logits: Tensor, targets_N: Tensor, tensor: Axis, vocab_range: tuple[int, int], ignore_index: int
+        self,
+        logits: Tensor,
+        targets_N: Tensor,
+        tensor: Axis,
+        vocab_range: tuple[int, int],
+        ignore_index: int,
+        scale: float = 1.0,
     ) -> None:
         start, stop = vocab_range
         self.logits, self.size = logits, stop - start
@@ -52,12 +60,13 @@ class CrossEntropy:
         self.chunks = _chunks(*logits.shape)
         maximum_N, log_sum_N, target_N = _statistics(logits, self.local, self.mine, tensor, self.size, self.chunks)
         self.normaliser_N = maximum_N + log_sum_N
-        self.loss = (self.normaliser_N - target_N).masked_fill_(~self.valid, 0).double().sum()
+        self.factor_N = self.valid.to(self.normaliser_N.dtype).mul_(scale)
+        self.loss = (self.normaliser_N - target_N).masked_fill_(~self.valid, 0).double().sum() * scale
 
     def gradient(self, out: Tensor) -> Tensor:
         """The loss' gradient by the logits, written to `out`, which may be the logits themselves."""
         for rows in self.chunks:
-            _gradient(self.logits, out, rows, self.normaliser_N, self.local, self.mine, self.valid, self.size)
+            _gradient(self.logits, out, rows, self.normaliser_N, self.local, self.mine, self.factor_N, self.size)
         return out
 
 
@@ -71,15 +80,16 @@ class _CrossEntropy(torch.autograd.Function):
         vocab_range: tuple[int, int],
         ignore_index: int,
         overwrite: bool,
+        scale: float,
     ) -> Tensor:
-        found = CrossEntropy(logits, targets_N, tensor, vocab_range, ignore_index)
+        found = CrossEntropy(logits, targets_N, tensor, vocab_range, ignore_index, scale)
         ctx.save_for_backward(found.gradient(logits if overwrite else torch.empty_like(logits)))
         return found.loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad.mul_(grad_output.to(grad.dtype)), None, None, None, None, None)
+        return (grad.mul_(grad_output.to(grad.dtype)), None, None, None, None, None, None)
 
 
 def _chunks(num_tokens: int, width: int) -> list[slice]:
@@ -115,14 +125,14 @@ def _gradient(
     normaliser_N: Tensor,
     local: Tensor,
     mine: Tensor,
-    valid: Tensor,
+    factor_N: Tensor,
     size: int,
 ) -> None:
-    """grad[rows] = softmax - one-hot; zero for ignored tokens and padded columns. grad may be logits itself."""
+    """grad[rows] = factor * (softmax - one-hot), zero for ignored tokens and padded columns. grad may be the logits."""
     wide = logits[rows, :size].to(normaliser_N.dtype)
     chunk = torch.sub(wide, normaliser_N[rows, None]).exp_()
     if size:
         chunk.scatter_add_(-1, local[rows, None], -mine[rows, None].to(chunk.dtype))
-    chunk.mul_(valid[rows, None])
+    chunk.mul_(factor_N[rows, None])
     grad[rows, :size] = chunk
     grad[rows, size:] = 0

@@ -14,6 +14,7 @@ from parallax.mesh import Axis
 from parallax.tensor import fused_loss
 from parallax.tensor import loss as loss_file
 from parallax.tensor.fused_loss import linear_cross_entropy
+from parallax.tensor.layers import ColumnParallelLinear
 from parallax.tensor.loss import vocab_parallel_cross_entropy
 
 ALONE = Axis("tensor")
@@ -142,3 +143,25 @@ def test_peak_memory_is_less_than_half_a_copy_of_the_logits():
     logits_bytes = 8192 * 8192 * 4
     # x.grad is the overwritten logits themselves times 1.0: one more copy belongs to the multiplication, not the loss.
     assert 0.9 * logits_bytes < int(done.stdout) < 1.5 * logits_bytes
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scale_is_not_rounded_to_bfloat16(fused: bool):
+    """1/253 in bfloat16 is 0.3 % off, and so would be the gradients of all that is below the head."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 32, generator=generator).mul_(size).bfloat16() for n, size in ((256, 1.0), (64, 0.1)))
+    targets = torch.randint(0, 64, (256,), generator=generator)
+    narrow, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    options = {"vocab_range": (0, 64), "scale": 1 / 253}
+    if fused:
+        layer = ColumnParallelLinear(32, 64, ALONE, bias=False, dtype=torch.bfloat16)
+        layer.weight.data.copy_(w)
+        loss = linear_cross_entropy(narrow, layer, targets, **options)
+    else:
+        loss = vocab_parallel_cross_entropy(narrow @ w.T, targets, ALONE, **options)
+    loss.backward()
+    right = F.cross_entropy(exact @ w.double().T, targets, reduction="sum") / 253
+    right.backward()
+    assert loss.item() == pytest.approx(right.item(), rel=1e-2)
+    along = (narrow.grad.double() * exact.grad).sum() / exact.grad.square().sum()
+    assert abs(along - 1) < 1e-3

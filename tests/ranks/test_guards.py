@@ -167,3 +167,24 @@ def test_going_back_needs_a_checkpoint(tmp_path: Path):
 
 def test_sequence_parallel_norms_are_copies(ranks):
     assert ranks(2, flip, "1x2x1", LLAMA | SEQUENCE_PARALLEL, 1, "final_norm.weight", "final_norm.weight")[0]
+
+
+def weight_gradient_alone() -> str:
+    """Every output and its gradient is finite; the product that makes one weight's gradient is not."""
+    run, state = start("1x1x1", **LLAMA | FLOAT32 | {"on_nan": "skip"})
+    (sink,) = {id(m.sink): m.sink for m in run.stages[0].modules() if getattr(m, "sink", None) is not None}.values()
+    parameter = run.flats[0].by_name["layers.3.mlp.down.weight"].parameter
+    honest = sink.add
+
+    def add(of: torch.nn.Parameter, accumulate: Any) -> None:
+        honest(of, accumulate)
+        if of is parameter:
+            honest(of, lambda out: out.view(-1)[5:6].fill_(float("inf")))
+
+    sink.add = add
+    return train_step(run, state, make_batch(run.config, run.mesh, 0)).skipped
+
+
+def test_a_weight_gradient_that_overflows_alone_is_named(ranks):
+    (text,) = ranks(1, weight_gradient_alone)
+    assert "it begins in the gradient of layers.3.mlp.down.weight itself" in text

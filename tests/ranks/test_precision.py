@@ -136,3 +136,22 @@ def test_the_scale_halves_and_doubles():
     again = LossScale(1.0, window=2)
     again.load(scale.state())
     assert again == scale
+
+
+def beyond_cure(value: float) -> str:
+    """float16 with a parameter that is not a number, for good: halving the loss scale does not help."""
+    run, state = start("1x1x1", **LLAMA | {"dtype": "float16", "on_nan": "stop", "precision.loss_scale": value})
+    (flat,) = run.flats.values()
+    flat.by_name["layers.3.mlp.up.weight"].parameter.data[0, 0] = float("nan")
+    try:
+        for _ in range(3):
+            train_step(run, state, make_batch(run.config, run.mesh, state.step))
+    except FloatingPointError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("value", [1.0, 65536.0])
+def test_float16_stops_where_no_loss_scale_helps(ranks, value: float):
+    (text,) = ranks(1, beyond_cure, value)
+    assert "step 1: the gradient norm is nan" in text and "in the output of layers.3.mlp.up" in text
