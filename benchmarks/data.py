@@ -1,7 +1,9 @@
 """The data axis beside torch's own: data_parallel against DDP, zero=2 and 3 against FSDP2, on one plain module.
 
     torchrun --nproc_per_node 2 benchmarks/data.py time           step times, alternating, median of paired ratios
-    torchrun --nproc_per_node 4 benchmarks/data.py memory zero=3  peak memory with 105 M parameters, beside the formula
+    python benchmarks/data.py memory [RANKS]                      peak memory with 105 M parameters, beside the formula:
+                                                                  the table, as glibc is and told to hold nothing
+    torchrun --nproc_per_node 4 benchmarks/data.py memory zero=3  one row of it
     torchrun --nproc_per_node 2 benchmarks/data.py overlap        how much of the reduction the backward hides
 
 One thread a rank. A row whose losses do not agree to 1e-5 is void.
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -179,6 +183,28 @@ def measure_memory(mesh: Mesh, which: str) -> None:
     say(mesh, f"{which:<16} {num / 1e6:.0f} M parameters, {n} ranks: peak {peak / 1e6:,.0f} MB   {beside}")
 
 
+ROWS = ("zero=0", "zero=1", "zero=2", "zero=3", "ddp", "fsdp no reshard", "fsdp reshard")
+HOLDS_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+
+
+def memory_table(ranks: int) -> None:
+    """Every row in a start of its own, twice: a peak never falls."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), __file__, "memory"]
+    print(f"torch {torch.__version__}, {ranks} ranks, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}\n")
+    print("| | peak MB | formula MB | ratio | peak MB, glibc holds nothing | ratio |\n|" + "---|" * 6, flush=True)
+    for row in ROWS:
+        cells: list[str] = []
+        for setting in ({}, HOLDS_NOTHING):
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | setting
+            done = subprocess.run([*command, row], env=environment, capture_output=True, text=True)
+            found = re.search(r"peak ([\d,]+) MB(?:   formula ([\d,]+) MB, ratio ([\d.]+))?", done.stdout)
+            if found is None:
+                raise SystemExit(done.stderr[-2000:])
+            peak, formula, ratio = (text or "" for text in found.groups())
+            cells += [peak, ratio] if setting else [peak, formula, ratio]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+
+
 def measure_overlap(mesh: Mesh) -> None:
     """A step with and without its reduction: what the backward does not hide."""
     from parallax.data.replicate import Replicate
@@ -218,6 +244,8 @@ def say(mesh: Mesh, text: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     what = sys.argv[1] if len(sys.argv) > 1 else "time"
+    if what == "memory" and "WORLD_SIZE" not in os.environ:
+        return memory_table(int(sys.argv[2]) if len(sys.argv) > 2 else 4)
     mesh = parallax.init_mesh(f"{os.environ.get('WORLD_SIZE', '1')}x1x1", device_type="cpu")
     say(mesh, f"torch {torch.__version__}, {mesh.data.size} ranks, load {os.getloadavg()[0]:.1f}")
     if what == "memory":
