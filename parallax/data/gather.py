@@ -1,7 +1,8 @@
 """Has a stage's parameters in memory when its modules use them, though each rank owns only a part of every bucket.
 
 A block is what is gathered together: a layer of the transformer, the embedding, the head; in any other model each child
-of a ModuleList, ModuleDict or Sequential. What belongs to no block is needed as long as the stage runs.
+of a ModuleList, ModuleDict or Sequential that has a forward. What belongs to no block, or is used outside of its own, is
+needed as long as the stage runs.
 """
 
 from __future__ import annotations
@@ -26,21 +27,25 @@ def find_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
     """(name, module) of every block; a class with `is_block = True` is one too."""
     holds_blocks = isinstance(model, nn.ModuleList | nn.ModuleDict | nn.Sequential)
     for name, child in model.named_children():
-        if holds_blocks or getattr(child, "is_block", False):
+        # What has no forward, as a list in a list, is never called, and its hooks would never run.
+        called = getattr(child.forward, "__func__", None) is not nn.Module.forward
+        if called and (holds_blocks or getattr(child, "is_block", False)):
             yield prefix + name, child
         else:
             yield from find_blocks(child, f"{prefix}{name}.")
 
 
 def block_of(model: nn.Module) -> dict[nn.Parameter, str | None]:
-    """The block that uses each parameter; None for what no block or more than one uses."""
-    found: dict[nn.Parameter, str | None] = {p: None for p in model.parameters()}
-    seen: set[nn.Parameter] = set()
-    for name, block in find_blocks(model):
-        for parameter in block.parameters():
-            found[parameter] = None if parameter in seen else name
-        seen.update(block.parameters())
-    return found
+    """The block that alone uses each parameter; None for what more than one uses, or a module in no block."""
+    blocks = {block: name for name, block in find_blocks(model)}
+    users: dict[nn.Parameter, set[str | None]] = {}
+    block, inside = None, ""
+    for path, module in model.named_modules(remove_duplicate=False):  # a module may have several places
+        if block is None or not path.startswith(inside):
+            block, inside = blocks.get(module), path + "."
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, set()).add(block)
+    return {parameter: found.pop() if len(found) == 1 else None for parameter, found in users.items()}
 
 
 class Gather:
@@ -63,7 +68,7 @@ class Gather:
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
         model.register_forward_pre_hook(lambda module, args: self._begin(root))
-        for _, block in find_blocks(model):
+        for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
                 self._watch(block, buckets)
