@@ -1,8 +1,8 @@
 """Has a stage's parameters in memory when its modules use them, though each rank owns only a part of every bucket.
 
 A block is what is gathered together: a layer of the transformer, the embedding, the head; in any other model each child
-of a ModuleList, ModuleDict or Sequential that has a forward. What belongs to no block, or is used outside of its own, is
-needed as long as the stage runs.
+of a ModuleList, ModuleDict or Sequential that has a forward. What belongs to no block, or is used outside of its own,
+is needed as long as the stage runs.
 """
 
 from __future__ import annotations
