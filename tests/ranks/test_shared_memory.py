@@ -116,3 +116,36 @@ def without(n: int) -> Any:
 
 def test_sockets_are_the_other_way(ranks):
     assert all(ranks(2, without, 2))
+
+
+def different(n: int) -> dict[str, str]:
+    """What a rank is told that calls something else than the others; and that all goes on afterwards."""
+    mesh = init_mesh(f"1x{n}x1", device_type="cpu")
+    axis, odd = mesh.tensor, mesh.rank == 1
+    calls = {
+        "size": lambda: comm.all_gather(torch.ones(4 if odd else 2), axis),
+        "long": lambda: comm.all_reduce(torch.ones(400_000 if odd else 200), axis),
+        "dtype": lambda: comm.all_reduce(torch.ones(4, dtype=torch.float64 if odd else torch.float32), axis),
+        "operation": lambda: comm.broadcast(torch.ones(4), axis) if odd else comm.all_reduce(torch.ones(4), axis),
+        "source": lambda: comm.broadcast(torch.ones(4), axis, int(odd)),
+        "what it is": lambda: comm.reduce_scatter_start(torch.ones(2 * n), axis, "b" if odd else "a"),
+    }
+    told = {}
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match="ranks made different calls") as error:
+            call()
+        told[name] = str(error.value)
+        assert comm.all_reduce(torch.ones(3), axis).tolist() == [n] * 3
+    return told
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_ranks_that_make_different_calls_are_all_told(ranks, n: int):
+    for rank, told in enumerate(ranks(n, different, n)):
+        assert f"rank {0 if rank < 2 else rank} " in told["size"] and "rank 1 " in told["size"]
+        assert "all-gather of 8 bytes of float32, rank 1 all-gather of 16 bytes" in told["size"] or rank > 1
+        assert "of 800 bytes" in told["long"] and "of 1600000 bytes" in told["long"]
+        assert "16 bytes of float32" in told["dtype"] and "32 bytes of float64" in told["dtype"]
+        assert "all-reduce (sum) of" in told["operation"] and "broadcast from 0 of" in told["operation"]
+        assert "broadcast from 0" in told["source"] and "broadcast from 1" in told["source"]
+        assert "of float32, a" in told["what it is"] and "of float32, b" in told["what it is"]
