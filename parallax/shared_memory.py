@@ -3,8 +3,8 @@
 Every rank of a group has two slots in one mapped file. A collective is: copy into the own slot, meet, read the others'.
 The two slots take turns, so that one meeting is enough: whoever writes a slot again has met all others since they read
 it. A meeting is a counter of each rank's own, which it alone writes, and the kernel's futex to sleep on another's. Sums
-are in rank order, the same bits on every rank. Beside its counter each rank writes which call it makes, and all compare:
-a rank that makes another one would else read, and give, garbage.
+are in rank order, the same bits on every rank. Beside its counter each rank writes which call it makes, and all
+compare: a rank that makes another one would else read, and give, garbage.
 
 The file has no name from the moment that all have opened it, so nothing is left behind, however a rank ends. One that
 dies is missed within a second by those who wait for it.
@@ -37,6 +37,7 @@ LINE = 512
 """Bytes of a rank for its counter and, by turn, two texts that say what it calls."""
 TEXT = 192
 ABOUT = 120
+"""Bytes of a text, and so many of the last letters of `about` in it."""
 SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1
 PATIENCE_S = 1
 SPINS = 200
