@@ -23,6 +23,9 @@ from parallax.mesh import Axis
 __all__ = ["Gather", "block_of", "find_blocks"]
 
 
+SAME_BLOCKS = "With zero=3 all ranks must run the same blocks: else use gather=step or zero=2"
+
+
 def find_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every block; a class with `is_block = True` is one too."""
     holds_blocks = isinstance(model, nn.ModuleList | nn.ModuleDict | nn.Sequential)
@@ -54,7 +57,8 @@ class Gather:
     Level 1 and 2: `publish` begins the gathering of every bucket, in order of use, and a block waits for its own
     just before it runs. Level 3: a block's bucket is gathered before its forward and again before its backward, while
     the one before it computes, and dropped when another block has begun; with `keep` it stays from the first use to
-    `reshard`. Volume: (n-1)/n of the parameters' bytes for each gathering.
+    `reshard`. Volume: (n-1)/n of the parameters' bytes for each gathering. Blocks are gathered as they run, so without
+    `keep` all ranks must run the same ones: RuntimeError from the collective where they do not.
     """
 
     def __init__(self, model: nn.Module, flat: FlatBuffers, axis: Axis, sink: GradSink | None, keep: bool) -> None:
@@ -118,7 +122,7 @@ class Gather:
         late = self.flat.late
         for bucket in ([late] if late else []) + self._order:
             whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
+            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
 
     def gather_all(self) -> None:
         """Return when every parameter is whole."""
@@ -170,13 +174,18 @@ class Gather:
         if bucket not in self._resident:
             self._resident.append(bucket)
             whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
+            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
 
     @torch.no_grad()
     def _wait(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
-            if bucket in self._pending:
+            if bucket not in self._pending:
+                continue
+            try:
                 self._pending.pop(bucket).wait()
+            except RuntimeError as error:  # over sockets: a time-out
+                error.add_note(f"while {bucket.name} and what goes with it were gathered. {SAME_BLOCKS}")
+                raise
 
     def _drop(self, bucket: Bucket) -> None:
         self._wait([bucket])
