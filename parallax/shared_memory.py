@@ -245,30 +245,37 @@ def share(group: Any, global_rank: int, ranks: Sequence[int], slot_bytes: int, t
 
     possible = sys.platform == "linux" and platform.machine() == "x86_64" and SHM.is_dir()
     possible = possible and os.environ.get("PARALLAX_SHARED_MEMORY", "1") != "0"
-    name = _create(total_bytes(len(ranks), slot_bytes)) if possible and rank == 0 else ""
+    created = _create(total_bytes(len(ranks), slot_bytes)) if possible and rank == 0 else ""
+    file = -1
+    try:
+        file, pids = _open(group, ranks, created, possible)
+        ready = torch.tensor([int(file >= 0)])
+        dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=group)
+        return Board(file, rank, ranks, pids, slot_bytes, timeout_s) if int(ready) else None
+    finally:  # also where another rank has ended on the way
+        if created:
+            os.unlink(SHM / created)
+        if file >= 0:
+            os.close(file)
+
+
+def _open(group: Any, ranks: Sequence[int], created: str, possible: bool) -> tuple[int, list[int]]:
+    """The file that the first rank has created, -1 where that cannot be; and the ranks' processes."""
+    import torch
+    import torch.distributed as dist
+
     here = _whereabouts() if possible else ""
-    card = torch.frombuffer(bytearray(f"{here}|{os.getpid()}|{name}".encode().ljust(128)), dtype=torch.uint8)
+    card = torch.frombuffer(bytearray(f"{here}|{os.getpid()}|{created}".encode().ljust(128)), dtype=torch.uint8)
     cards = [torch.empty_like(card) for _ in ranks]
     dist.all_gather(cards, card, group=group)
     told = [bytes(one.tolist()).decode().strip().split("|") for one in cards]
-    name = told[0][2]
-    file = -1
-    if here and name and all(one[0] == here for one in told):
-        try:
-            file = os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            file = -1
-    ready = torch.tensor([int(file >= 0)])
-    dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=group)
-    if rank == 0 and name:
-        os.unlink(SHM / name)
+    pids, name = [int(one[1]) for one in told], told[0][2]
+    if not (here and name and all(one[0] == here for one in told)):
+        return -1, pids
     try:
-        if not int(ready):
-            return None
-        return Board(file, rank, ranks, [int(one[1]) for one in told], slot_bytes, timeout_s)
-    finally:
-        if file >= 0:
-            os.close(file)
+        return os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), pids
+    except OSError:
+        return -1, pids
 
 
 def _whereabouts() -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallax import comm
+from parallax import comm, shared_memory
 from parallax.mesh import init_mesh
 from tests.ranks.workers import RankFailure
 
@@ -103,6 +103,26 @@ def test_a_dead_rank_is_named(ranks):
     with pytest.raises(RankFailure) as failure:
         ranks(3, lose_one, 3)
     assert "told: rank 1 (process" in str(failure.value) and "has ended while rank" in str(failure.value)
+
+
+def end_while_sharing(token: str) -> None:
+    honest = os.open
+
+    def end(path: Any, *rest: Any, **options: Any) -> int:
+        if token in str(path) and os.environ["RANK"] == "1":
+            os._exit(9)
+        return honest(path, *rest, **options)
+
+    os.open = end
+    shared_memory.secrets.token_hex = lambda size: token
+    init_mesh("2x1x1", device_type="cpu")
+
+
+def test_a_rank_that_ends_while_memory_is_shared_leaves_no_file(ranks):
+    token = f"test-{os.getpid()}"
+    with pytest.raises(RankFailure):
+        ranks(2, end_while_sharing, token)
+    assert not list(Path("/dev/shm").glob(f"*{token}*"))
 
 
 def without(n: int) -> Any:
