@@ -5,7 +5,6 @@ Ranks on one machine share memory, so that the others' tests hardly ever take th
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ def sockets() -> Any:
     def run(size: int, function: Any, *args: Any, **options: Any) -> list[Any]:
         return run_ranks(size, over_sockets, function, *args, **options)
 
-    return functools.wraps(run_ranks)(run)
+    return run
 
 
 @pytest.mark.parametrize("size", [2, 3])
