@@ -126,15 +126,18 @@ def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     return all_reduce_start(tensor, axis, op).wait()
 
 
-def all_gather_start(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
-    """Begin `all_gather`. out: where the result goes, contiguous; the shard may be this rank's part of it."""
+def all_gather_start(shard: Tensor, axis: Axis, out: Tensor | None = None, about: str = "") -> Pending:
+    """Begin `all_gather`. out: where the result goes, contiguous; the shard may be this rank's part of it.
+
+    about: what it is, the same text on every rank; where ranks share memory another one is an error.
+    """
     if axis.group is None:
         return Pending(shard if out is None else out.copy_(shard))
     shard = shard.contiguous()
     _count(axis, "all_gather", (axis.size - 1) * shard.nbytes)
     whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:])) if out is None else out
     if axis.board is not None:
-        return Pending(axis.board.all_gather(shard, whole))
+        return Pending(axis.board.all_gather(shard, whole, about))
     if axis.backend == "gloo" and shard.nbytes >= BY_MESSAGES:
         return _gather_by_messages(whole, shard, axis)
     gather = _named("all_gather_single", "all_gather_into_tensor")
@@ -170,15 +173,15 @@ def all_gather(shard: Tensor, axis: Axis) -> Tensor:
     return all_gather_start(shard, axis).wait()
 
 
-def reduce_scatter_start(whole: Tensor, axis: Axis) -> Pending:
-    """Begin `reduce_scatter`."""
+def reduce_scatter_start(whole: Tensor, axis: Axis, about: str = "") -> Pending:
+    """Begin `reduce_scatter`; about: as for `all_gather_start`."""
     if axis.group is None:
         return Pending(whole)
     whole = whole.contiguous()
     _count(axis, "reduce_scatter", (axis.size - 1) * whole.nbytes // axis.size)
     shape = (whole.shape[0] // axis.size, *whole.shape[1:])
     if axis.board is not None:
-        return Pending(axis.board.reduce_scatter(whole, whole.new_empty(shape)))
+        return Pending(axis.board.reduce_scatter(whole, whole.new_empty(shape), about))
     if axis.backend == "gloo":  # see the note at the top
         parts = torch.empty_like(whole)
         work = dist.all_to_all_single(parts, whole, group=axis.group, async_op=True)

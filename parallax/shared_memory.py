@@ -3,7 +3,8 @@
 Every rank of a group has two slots in one mapped file. A collective is: copy into the own slot, meet, read the others'.
 The two slots take turns, so that one meeting is enough: whoever writes a slot again has met all others since they read
 it. A meeting is a counter of each rank's own, which it alone writes, and the kernel's futex to sleep on another's. Sums
-are in rank order, the same bits on every rank.
+are in rank order, the same bits on every rank. Beside its counter each rank writes which call it makes, and all
+compare: a rank that makes another one would else read, and give, garbage.
 
 The file has no name from the moment that all have opened it, so nothing is left behind, however a rank ends. One that
 dies is missed within a second by those who wait for it.
@@ -15,6 +16,7 @@ PARALLAX_SHARED_MEMORY=0 keeps to sockets.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import platform
@@ -31,10 +33,15 @@ if TYPE_CHECKING:
 __all__ = ["Board", "share"]
 
 SHM = Path("/dev/shm")
-LINE = 64
+LINE = 512
+"""Bytes of a rank for its counter and, by turn, two texts that say what it calls."""
+TEXT = 192
+ABOUT = 120
+"""Bytes of a text, and so many of the last letters of `about` in it."""
 SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1
 PATIENCE_S = 1
 SPINS = 200
+ALL_REDUCE = {"sum": "all-reduce (sum)", "max": "all-reduce (max)"}
 LOCAL_SUM = 4
 """Up to so many ranks each adds up everything for itself, which spares a second meeting."""
 
@@ -47,7 +54,8 @@ class Board:
     """The shared memory of the ranks of one axis. Collective: all of them make the same calls in the same order.
 
     rank, ranks: of the axis, and their global numbers. pids: of their processes. slot_bytes: longer tensors go in
-    parts. Every method raises RuntimeError, which names the rank, when one has died or does not come.
+    parts. Every method raises RuntimeError, which names the rank, when one has died, does not come, or has made
+    another call; about: more that must be the same on all.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class Board:
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         # Two slots of each rank, and two in which sums of many ranks are put together.
         self._slots = whole[head:].view(2, self.size + 1, slot_bytes)
+        ends = [[LINE * (i + 1) - TEXT * turn for i in range(self.size)] for turn in (0, 1)]
+        self._texts = [[slice(end - TEXT, end) for end in turn] for turn in ends]
         self._turn = self._meetings = 0
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._spins = SPINS if self.size <= (os.cpu_count() or 1) else 0
@@ -111,13 +121,22 @@ class Board:
                 f"rank {self.ranks[self.rank]} waited {waited_s:.0f} s for {who}, which is alive but not here"
             )
 
-    def _own(self, tensor: Tensor) -> list[Tensor]:
+    def _meet_for(self, call: bytes) -> None:
+        """Meet, and see that all have come for the same call."""
+        places = self._texts[self._turn]
+        self._map[places[self.rank]] = call
+        self.meet()
+        for other, place in enumerate(places):
+            if other != self.rank and (theirs := self._map[place]) != call:
+                raise RuntimeError(_differ({self.ranks[self.rank]: call, self.ranks[other]: theirs}))
+
+    def _own(self, tensor: Tensor, call: bytes) -> list[Tensor]:
         """All ranks' slots, shaped like this flat tensor; this rank's is filled with it. Meets."""
         self._turn = 1 - self._turn
         count = tensor.numel() * tensor.element_size()
         slots = [self._slots[self._turn, i, :count].view(tensor.dtype) for i in range(self.size + 1)]
         slots[self.rank].copy_(tensor)
-        self.meet()
+        self._meet_for(call)
         return slots
 
     def _parts(self, flat: Tensor) -> Sequence[Tensor]:
@@ -128,8 +147,9 @@ class Board:
         import torch
 
         combine = torch.add if op == "sum" else torch.maximum
+        call = _call(ALL_REDUCE[op], tensor.nbytes, tensor.dtype)
         for part in self._parts(tensor.view(-1)):
-            slots = self._own(part)
+            slots = self._own(part, call)
             if self.size <= LOCAL_SUM:
                 _fold(slots[:-1], part, combine)
                 continue
@@ -141,26 +161,28 @@ class Board:
             part.copy_(slots[-1])
         return tensor
 
-    def all_gather(self, shard: Tensor, out: Tensor) -> Tensor:
+    def all_gather(self, shard: Tensor, out: Tensor, about: str = "") -> Tensor:
         """The ranks' shards one after the other, into `out`."""
         rows, flat = out.view(self.size, -1), shard.reshape(-1)
+        call = _call("all-gather", flat.nbytes, flat.dtype, about)
         at = 0
         for part in self._parts(flat):
-            slots = self._own(part)
+            slots = self._own(part, call)
             for index in range(self.size):
                 rows[index, at : at + part.numel()].copy_(slots[index])
             at += part.numel()
         return out
 
-    def reduce_scatter(self, whole: Tensor, out: Tensor) -> Tensor:
+    def reduce_scatter(self, whole: Tensor, out: Tensor, about: str = "") -> Tensor:
         """The sum of this rank's rows of all ranks' contiguous tensors, into `out`."""
         import torch
 
         rows, result = whole.view(self.size, -1), out.view(-1)
+        call = _call("reduce-scatter", whole.nbytes, whole.dtype, about)
         step = self.slot_bytes // whole.element_size() // self.size
         for at in range(0, rows.shape[1], step):
             cut = rows[:, at : at + step]
-            slots = self._own(cut.reshape(-1))
+            slots = self._own(cut.reshape(-1), call)
             width = cut.shape[1]
             mine = slice(self.rank * width, (self.rank + 1) * width)
             _fold([slot[mine] for slot in slots[:-1]], result[at : at + width], torch.add)
@@ -168,15 +190,31 @@ class Board:
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """The contiguous tensor of one rank, on all."""
+        call = _call(f"broadcast from {self.ranks[source]}", tensor.nbytes, tensor.dtype)
         for part in self._parts(tensor.view(-1)):
             self._turn = 1 - self._turn
             slot = self._slots[self._turn, source, : part.nbytes].view(part.dtype)
             if self.rank == source:
                 slot.copy_(part)
-            self.meet()
+            self._meet_for(call)
             if self.rank != source:
                 part.copy_(slot)
         return tensor
+
+
+@functools.lru_cache(1024)
+def _call(operation: str, num_bytes: int, dtype: Any, about: str = "") -> bytes:
+    """What a rank calls, in words; the end of a long name tells it from others."""
+    text = f"{operation} of {num_bytes} bytes of {str(dtype).removeprefix('torch.')}"
+    return f"{text}, {about[-ABOUT:]}".removesuffix(", ").encode()[:TEXT].ljust(TEXT)
+
+
+def _differ(calls: dict[int, bytes]) -> str:
+    told = ", ".join(f"rank {rank} {text.decode(errors='replace').strip()}" for rank, text in sorted(calls.items()))
+    return (
+        f"ranks made different calls: {told}. The ranks of an axis must make the same calls in the same order, with "
+        "tensors of one size and dtype, and with zero=3 run the same blocks: else use gather=step or zero=2"
+    )
 
 
 def _reached(value: int, wanted: int) -> bool:
@@ -207,30 +245,37 @@ def share(group: Any, global_rank: int, ranks: Sequence[int], slot_bytes: int, t
 
     possible = sys.platform == "linux" and platform.machine() == "x86_64" and SHM.is_dir()
     possible = possible and os.environ.get("PARALLAX_SHARED_MEMORY", "1") != "0"
-    name = _create(total_bytes(len(ranks), slot_bytes)) if possible and rank == 0 else ""
+    created = _create(total_bytes(len(ranks), slot_bytes)) if possible and rank == 0 else ""
+    file = -1
+    try:
+        file, pids = _open(group, ranks, created, possible)
+        ready = torch.tensor([int(file >= 0)])
+        dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=group)
+        return Board(file, rank, ranks, pids, slot_bytes, timeout_s) if int(ready) else None
+    finally:  # also where another rank has ended on the way
+        if created:
+            os.unlink(SHM / created)
+        if file >= 0:
+            os.close(file)
+
+
+def _open(group: Any, ranks: Sequence[int], created: str, possible: bool) -> tuple[int, list[int]]:
+    """The file that the first rank has created, -1 where that cannot be; and the ranks' processes."""
+    import torch
+    import torch.distributed as dist
+
     here = _whereabouts() if possible else ""
-    card = torch.frombuffer(bytearray(f"{here}|{os.getpid()}|{name}".encode().ljust(128)), dtype=torch.uint8)
+    card = torch.frombuffer(bytearray(f"{here}|{os.getpid()}|{created}".encode().ljust(128)), dtype=torch.uint8)
     cards = [torch.empty_like(card) for _ in ranks]
     dist.all_gather(cards, card, group=group)
     told = [bytes(one.tolist()).decode().strip().split("|") for one in cards]
-    name = told[0][2]
-    file = -1
-    if here and name and all(one[0] == here for one in told):
-        try:
-            file = os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            file = -1
-    ready = torch.tensor([int(file >= 0)])
-    dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=group)
-    if rank == 0 and name:
-        os.unlink(SHM / name)
+    pids, name = [int(one[1]) for one in told], told[0][2]
+    if not (here and name and all(one[0] == here for one in told)):
+        return -1, pids
     try:
-        if not int(ready):
-            return None
-        return Board(file, rank, ranks, [int(one[1]) for one in told], slot_bytes, timeout_s)
-    finally:
-        if file >= 0:
-            os.close(file)
+        return os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), pids
+    except OSError:
+        return -1, pids
 
 
 def _whereabouts() -> str:

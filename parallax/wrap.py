@@ -37,7 +37,11 @@ __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
 
 
 def data_parallel(module: nn.Module, mesh: Mesh, **options: Any) -> DataParallel:
-    """Wrap a module for the data axis of a mesh; see DataParallel for the options."""
+    """Wrap a module for the data axis of a mesh; see DataParallel for the options.
+
+    With zero=3 every rank must run the same blocks in a step; where that may differ (LayerDrop, experts) take
+    gather="step" or zero=2. Else RuntimeError: at once where ranks share memory, after the mesh's time-out elsewhere.
+    """
     return DataParallel(module, mesh, **options)
 
 

@@ -1,7 +1,8 @@
 """Has a stage's parameters in memory when its modules use them, though each rank owns only a part of every bucket.
 
 A block is what is gathered together: a layer of the transformer, the embedding, the head; in any other model each child
-of a ModuleList, ModuleDict or Sequential. What belongs to no block is needed as long as the stage runs.
+of a ModuleList, ModuleDict or Sequential that has a forward. What belongs to no block, or is used outside of its own,
+is needed as long as the stage runs.
 """
 
 from __future__ import annotations
@@ -22,25 +23,32 @@ from parallax.mesh import Axis
 __all__ = ["Gather", "block_of", "find_blocks"]
 
 
+SAME_BLOCKS = "With zero=3 all ranks must run the same blocks: else use gather=step or zero=2"
+
+
 def find_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every block; a class with `is_block = True` is one too."""
     holds_blocks = isinstance(model, nn.ModuleList | nn.ModuleDict | nn.Sequential)
     for name, child in model.named_children():
-        if holds_blocks or getattr(child, "is_block", False):
+        # What has no forward, as a list in a list, is never called, and its hooks would never run.
+        called = getattr(child.forward, "__func__", None) is not nn.Module.forward
+        if called and (holds_blocks or getattr(child, "is_block", False)):
             yield prefix + name, child
         else:
             yield from find_blocks(child, f"{prefix}{name}.")
 
 
 def block_of(model: nn.Module) -> dict[nn.Parameter, str | None]:
-    """The block that uses each parameter; None for what no block or more than one uses."""
-    found: dict[nn.Parameter, str | None] = {p: None for p in model.parameters()}
-    seen: set[nn.Parameter] = set()
-    for name, block in find_blocks(model):
-        for parameter in block.parameters():
-            found[parameter] = None if parameter in seen else name
-        seen.update(block.parameters())
-    return found
+    """The block that alone uses each parameter; None for what more than one uses, or a module in no block."""
+    blocks = {block: name for name, block in find_blocks(model)}
+    users: dict[nn.Parameter, set[str | None]] = {}
+    block, inside = None, ""
+    for path, module in model.named_modules(remove_duplicate=False):  # a module may have several places
+        if block is None or not path.startswith(inside):
+            block, inside = blocks.get(module), path + "."
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, set()).add(block)
+    return {parameter: found.pop() if len(found) == 1 else None for parameter, found in users.items()}
 
 
 class Gather:
@@ -49,7 +57,8 @@ class Gather:
     Level 1 and 2: `publish` begins the gathering of every bucket, in order of use, and a block waits for its own
     just before it runs. Level 3: a block's bucket is gathered before its forward and again before its backward, while
     the one before it computes, and dropped when another block has begun; with `keep` it stays from the first use to
-    `reshard`. Volume: (n-1)/n of the parameters' bytes for each gathering.
+    `reshard`. Volume: (n-1)/n of the parameters' bytes for each gathering. Blocks are gathered as they run, so without
+    `keep` all ranks must run the same ones: RuntimeError from the collective where they do not.
     """
 
     def __init__(self, model: nn.Module, flat: FlatBuffers, axis: Axis, sink: GradSink | None, keep: bool) -> None:
@@ -63,7 +72,7 @@ class Gather:
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
         model.register_forward_pre_hook(lambda module, args: self._begin(root))
-        for _, block in find_blocks(model):
+        for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
                 self._watch(block, buckets)
@@ -113,7 +122,7 @@ class Gather:
         late = self.flat.late
         for bucket in ([late] if late else []) + self._order:
             whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
+            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
 
     def gather_all(self) -> None:
         """Return when every parameter is whole."""
@@ -165,13 +174,18 @@ class Gather:
         if bucket not in self._resident:
             self._resident.append(bucket)
             whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, out=whole)
+            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
 
     @torch.no_grad()
     def _wait(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
-            if bucket in self._pending:
+            if bucket not in self._pending:
+                continue
+            try:
                 self._pending.pop(bucket).wait()
+            except RuntimeError as error:  # over sockets: a time-out
+                error.add_note(f"while {bucket.name} and what goes with it were gathered. {SAME_BLOCKS}")
+                raise
 
     def _drop(self, bucket: Bucket) -> None:
         self._wait([bucket])

@@ -68,6 +68,11 @@ class Bucket:
     own: tuple[int, int]
     own_at: int
 
+    @property
+    def name(self) -> str:
+        """The name of its first parameter: which bucket it is, in a message to people."""
+        return self.placed[0].name
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -62,7 +62,7 @@ class Zero(BucketSync):
         self._filled.clear()
 
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
-        pending = reduce_scatter_start(self.to_send(flat.take_grads(bucket)), self.shards)
+        pending = reduce_scatter_start(self.to_send(flat.take_grads(bucket)), self.shards, bucket.name)
         self._pending.append((flat, bucket, pending))
         while len(self._pending) > UNDER_WAY:
             self._retire()

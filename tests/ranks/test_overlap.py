@@ -25,8 +25,8 @@ class Link:
         self.waited_s = 0.0
 
     def slow(self, begin: Any) -> Any:
-        def slowed(flat: torch.Tensor, axis: Any) -> Pending:
-            pending = begin(flat, axis)
+        def slowed(flat: torch.Tensor, axis: Any, *about: str) -> Pending:
+            pending = begin(flat, axis, *about)
             self.free_at = max(self.free_at, time.perf_counter()) + MESSAGE_S
             self.done_at.append(self.free_at)
             return _Slowed(self, pending, self.free_at)

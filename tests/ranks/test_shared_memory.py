@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallax import comm
+from parallax import comm, shared_memory
 from parallax.mesh import init_mesh
 from tests.ranks.workers import RankFailure
 
@@ -105,6 +105,26 @@ def test_a_dead_rank_is_named(ranks):
     assert "told: rank 1 (process" in str(failure.value) and "has ended while rank" in str(failure.value)
 
 
+def end_while_sharing(token: str) -> None:
+    honest = os.open
+
+    def end(path: Any, *rest: Any, **options: Any) -> int:
+        if token in str(path) and os.environ["RANK"] == "1":
+            os._exit(9)
+        return honest(path, *rest, **options)
+
+    os.open = end
+    shared_memory.secrets.token_hex = lambda size: token
+    init_mesh("2x1x1", device_type="cpu")
+
+
+def test_a_rank_that_ends_while_memory_is_shared_leaves_no_file(ranks):
+    token = f"test-{os.getpid()}"
+    with pytest.raises(RankFailure):
+        ranks(2, end_while_sharing, token)
+    assert not list(Path("/dev/shm").glob(f"*{token}*"))
+
+
 def without(n: int) -> Any:
     os.environ["PARALLAX_SHARED_MEMORY"] = "0"
     mesh = init_mesh(f"1x{n}x1", device_type="cpu")
@@ -116,3 +136,36 @@ def without(n: int) -> Any:
 
 def test_sockets_are_the_other_way(ranks):
     assert all(ranks(2, without, 2))
+
+
+def different(n: int) -> dict[str, str]:
+    """What a rank is told that calls something else than the others; and that all goes on afterwards."""
+    mesh = init_mesh(f"1x{n}x1", device_type="cpu")
+    axis, odd = mesh.tensor, mesh.rank == 1
+    calls = {
+        "size": lambda: comm.all_gather(torch.ones(4 if odd else 2), axis),
+        "long": lambda: comm.all_reduce(torch.ones(400_000 if odd else 200), axis),
+        "dtype": lambda: comm.all_reduce(torch.ones(4, dtype=torch.float64 if odd else torch.float32), axis),
+        "operation": lambda: comm.broadcast(torch.ones(4), axis) if odd else comm.all_reduce(torch.ones(4), axis),
+        "source": lambda: comm.broadcast(torch.ones(4), axis, int(odd)),
+        "what it is": lambda: comm.reduce_scatter_start(torch.ones(2 * n), axis, "b" if odd else "a"),
+    }
+    told = {}
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match="ranks made different calls") as error:
+            call()
+        told[name] = str(error.value)
+        assert comm.all_reduce(torch.ones(3), axis).tolist() == [n] * 3
+    return told
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_ranks_that_make_different_calls_are_all_told(ranks, n: int):
+    for rank, told in enumerate(ranks(n, different, n)):
+        assert f"rank {0 if rank < 2 else rank} " in told["size"] and "rank 1 " in told["size"]
+        assert "all-gather of 8 bytes of float32, rank 1 all-gather of 16 bytes" in told["size"] or rank > 1
+        assert "of 800 bytes" in told["long"] and "of 1600000 bytes" in told["long"]
+        assert "16 bytes of float32" in told["dtype"] and "32 bytes of float64" in told["dtype"]
+        assert "all-reduce (sum) of" in told["operation"] and "broadcast from 0 of" in told["operation"]
+        assert "broadcast from 0" in told["source"] and "broadcast from 1" in told["source"]
+        assert "of float32, a" in told["what it is"] and "of float32, b" in told["what it is"]
