@@ -29,9 +29,9 @@ from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh, cut_axis
-from parallax.optimizers import FlatOptimizer
 from parallax.params import collect
-from parallax.step import clip_gradients, global_loss_and_norm
+from parallax.wrap_optimizer import Optimizer
+from parallax.wrap_rules import check_compression, check_module
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
 
@@ -78,8 +78,8 @@ class DataParallel(nn.Module):
         compression_ratio: float = 0.01,
     ) -> None:
         super().__init__()
-        _check(module, mesh, zero, shard_size, gather)
-        _check_compression(compression, compression_rank, compression_ratio, zero)
+        check_module(module, mesh, zero, shard_size, gather)
+        check_compression(compression, compression_rank, compression_ratio, zero)
         self.module, self.mesh, self.broadcast_buffers = module, mesh, broadcast_buffers
         for tensor in [*module.parameters(), *module.buffers()]:
             if not tensor.is_meta:
@@ -266,111 +266,3 @@ class DataParallel(nn.Module):
     def when_loaded(self, refresh: Callable[[], None]) -> None:
         """Have something called after load_state_dict."""
         self._when_loaded.append(refresh)
-
-
-def _check(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        raise ConfigError("the module has no parameters that require a gradient; there is nothing to train")
-    if mesh.pipeline.size > 1:
-        raise ConfigError(
-            f"data_parallel wraps a whole model, the mesh has pipeline={mesh.pipeline.size}; use recipes/gpt.py"
-        )
-    kinds = {(p.dtype, p.device.type) for p in parameters}
-    if len(kinds) > 1:
-        raise ConfigError(f"the parameters are of {len(kinds)} kinds ({', '.join(map(str, kinds))}); make them one")
-    if zero not in (0, 1, 2, 3):
-        raise ConfigError(f"zero={zero} is unknown; choose 0, 1, 2 or 3")
-    if gather not in ("block", "step"):
-        raise ConfigError(f"gather={gather} is unknown; choose block or step")
-    if shard_size is not None and (zero == 0 or mesh.grad.size % shard_size):
-        raise ConfigError(f"shard_size={shard_size} needs zero=1 to 3 and must divide the {mesh.grad.size} data ranks")
-    (kind,) = kinds
-    if kind[1] not in ("meta", mesh.device.type):
-        raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
-
-
-def _check_compression(compression: str, rank: int, ratio: float, zero: int) -> None:
-    known = ("none", *CASTS, *LOSSY)
-    if compression not in known:
-        raise ConfigError(f"compression={compression} is unknown; choose {', '.join(known[:-1])} or {known[-1]}")
-    if compression in LOSSY and zero:
-        raise ConfigError(f"compression={compression} needs whole gradients, and zero={zero} cuts them; use zero=0")
-    if rank < 1 or not 0 < ratio <= 1:
-        raise ConfigError(f"compression_rank={rank} must be at least 1, compression_ratio={ratio} above 0, at most 1")
-
-
-class Optimizer(torch.optim.Optimizer):
-    """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
-
-    `clip_grad_norm_` is to be used instead of torch's with zero > 0, where a rank has a part of the gradients alone and
-    `param.grad` is None. Learning-rate schedulers of torch work on it.
-    """
-
-    def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
-        # Not torch's own __init__: the parameters and their state are the inner optimizer's.
-        decay = options.get("weight_decay")
-        self.model = model
-        self._flat = FlatOptimizer(
-            {0: model.flat},
-            lambda groups: kind(groups, **options),
-            lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
-        )
-        self.inner = self._flat.inner
-        self.defaults = self.inner.defaults
-        model.when_loaded(self._flat.refresh)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
-
-    def synchronize(self) -> None:
-        """Wait until the gradients are reduced, for who wants to look at them before the step."""
-        self.model.reduce()
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> float:
-        """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
-        self.model.reduce()
-        flat, model = self.model.flat, self.model
-        pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
-        zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
-        _, norm = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
-        clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
-        return norm
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Reduce what is left, update, let every rank have the new parameters, and begin with zero gradients."""
-        if closure is not None:
-            raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
-        self.model.reduce()
-        if self.model.joining:
-            self._agree_on_rates()
-        self._flat.step()
-        self.model.sync.publish()
-        self.model.begin_step()
-
-    def _agree_on_rates(self) -> None:
-        """A rank that has run out of batches has no scheduler that goes on: take the others' learning rates."""
-        rates = [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
-        agreed = torch.tensor(rates, dtype=torch.float64, device=self.model.mesh.device)
-        for group, rate in zip(
-            self.param_groups, all_reduce(agreed, self.model.mesh.grad, "max").tolist(), strict=True
-        ):
-            group["lr"] = rate
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; after `step` they are zero already."""
-        self.model.drop_gradients()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state: this rank's part of it."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)

@@ -1,0 +1,94 @@
+"""A torch optimizer for what a rank of a wrapped module updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from parallax.comm import all_reduce
+from parallax.errors import ConfigError
+from parallax.optimizers import FlatOptimizer
+from parallax.step import clip_gradients, global_loss_and_norm
+
+if TYPE_CHECKING:
+    from parallax.wrap import DataParallel
+
+__all__ = ["Optimizer"]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
+
+    `clip_grad_norm_` is to be used instead of torch's with zero > 0, where a rank has a part of the gradients alone and
+    `param.grad` is None. Learning-rate schedulers of torch work on it.
+    """
+
+    def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+        # Not torch's own __init__: the parameters and their state are the inner optimizer's.
+        decay = options.get("weight_decay")
+        self.model = model
+        self._flat = FlatOptimizer(
+            {0: model.flat},
+            lambda groups: kind(groups, **options),
+            lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
+        )
+        self.inner = self._flat.inner
+        self.defaults = self.inner.defaults
+        model.when_loaded(self._flat.refresh)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def synchronize(self) -> None:
+        """Wait until the gradients are reduced, for who wants to look at them before the step."""
+        self.model.reduce()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
+        self.model.reduce()
+        flat, model = self.model.flat, self.model
+        pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
+        zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
+        _, norm = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
+        clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Reduce what is left, update, let every rank have the new parameters, and begin with zero gradients."""
+        if closure is not None:
+            raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
+        self.model.reduce()
+        if self.model.joining:
+            self._agree_on_rates()
+        self._flat.step()
+        self.model.sync.publish()
+        self.model.begin_step()
+
+    def _agree_on_rates(self) -> None:
+        """A rank that has run out of batches has no scheduler that goes on: take the others' learning rates."""
+        rates = [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
+        agreed = torch.tensor(rates, dtype=torch.float64, device=self.model.mesh.device)
+        for group, rate in zip(
+            self.param_groups, all_reduce(agreed, self.model.mesh.grad, "max").tolist(), strict=True
+        ):
+            group["lr"] = rate
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; after `step` they are zero already."""
+        self.model.drop_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state: this rank's part of it."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
