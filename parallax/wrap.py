@@ -204,7 +204,8 @@ class DataParallel(nn.Module):
         """Around a loop in which ranks may have different numbers of batches: a rank that is done takes part in the
         others' steps, with no gradient of its own, until all are done. Not for zero=3.
 
-        The mean is over the ranks that still have batches. Sends 8 bytes a step more.
+        The mean is over the ranks that still have batches; what one of them clips, all do. Sends 8 bytes a step for each
+        rank, and 16 and 8 for each parameter group at the step and at each clip.
         """
         if self.flat.level == 3:
             raise ConfigError(

@@ -54,6 +54,11 @@ class Optimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
         self.model.reduce()
+        if self.model.joining:
+            self._agree(max_norm)
+        return self._clip(max_norm)
+
+    def _clip(self, max_norm: float) -> float:
         flat, model = self.model.flat, self.model
         pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
         zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
@@ -68,19 +73,24 @@ class Optimizer(torch.optim.Optimizer):
             raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
         self.model.reduce()
         if self.model.joining:
-            self._agree_on_rates()
+            while (max_norm := self._agree()) is not None:  # a rank without batches clips when the others do
+                self._clip(max_norm)
         self._flat.step()
         self.model.sync.publish()
         self.model.begin_step()
 
-    def _agree_on_rates(self) -> None:
-        """A rank that has run out of batches has no scheduler that goes on: take the others' learning rates."""
-        rates = [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
-        agreed = torch.tensor(rates, dtype=torch.float64, device=self.model.mesh.device)
-        for group, rate in zip(
-            self.param_groups, all_reduce(agreed, self.model.mesh.grad, "max").tolist(), strict=True
-        ):
+    def _agree(self, max_norm: float | None = None) -> float | None:
+        """What comes next on all ranks: a clip to the norm that is returned, or, with None, the update.
+
+        A rank that has run out of batches has no scheduler that goes on: it takes the others' learning rates.
+        """
+        mine = [0.0 if max_norm is None else 1.0, max_norm or 0.0]
+        mine += [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
+        agreed = torch.tensor(mine, dtype=torch.float64, device=self.model.mesh.device)
+        clips, norm, *rates = all_reduce(agreed, self.model.mesh.grad, "max").tolist()
+        for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate
+        return norm if clips else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; after `step` they are zero already."""
