@@ -53,7 +53,7 @@ class DataParallel(nn.Module):
     block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once. shard_size: cut
     over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
     ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
-    before the first training forward of every step, as in DDP. A parameter without a gradient counts as zero; frozen
+    after every step, and before the first training forward where none was before it. A parameter without a gradient counts as zero; frozen
     ones stay whole and as they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe
     is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
 
@@ -114,7 +114,7 @@ class DataParallel(nn.Module):
         self._lossy = compression in LOSSY
         self._accumulating = self._joining = False
         self.active = True
-        self.num_active = mesh.grad.size
+        self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
         self._when_loaded: list[Callable[[], None]] = []
         self.begin_step()
 
@@ -167,12 +167,17 @@ class DataParallel(nn.Module):
     def _arm(self) -> None:
         self.sync.arm(0)
         self.armed = True
-        self._send_buffers()
+        if not self._buffers_sent:
+            self.send_buffers()
+        self._buffers_sent = False
 
-    def _send_buffers(self) -> None:
+    def send_buffers(self) -> None:
+        """Let every rank have the buffers of the first rank that still has batches. After a step, so that whoever saves
+        then needs no collective for them."""
         if self.broadcast_buffers and self.mesh.grad.size > 1:
             for buffer in self.module.buffers():
-                broadcast(buffer, self.mesh.grad)
+                broadcast(buffer, self.mesh.grad, self._source)
+        self._buffers_sent = True
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -221,7 +226,7 @@ class DataParallel(nn.Module):
                 self._arm()
                 optimizer.step()
         finally:
-            self._joining, self.active, self.num_active = False, True, self.mesh.grad.size
+            self._joining, self.active, self.num_active, self._source = False, True, self.mesh.grad.size, 0
         self.begin_step()
 
     @property
@@ -230,9 +235,12 @@ class DataParallel(nn.Module):
 
     def agree(self, *, active: bool) -> int:
         """How many ranks have a batch for the coming step."""
-        self.active = active
-        count = torch.tensor([int(active)], dtype=torch.int64, device=self.mesh.device)
-        self.num_active = int(all_reduce(count, self.mesh.grad).item())
+        axis, self.active = self.mesh.grad, active
+        here = torch.zeros(axis.size, dtype=torch.int64, device=self.mesh.device)
+        here[axis.rank] = int(active)
+        found = all_reduce(here, axis).tolist()
+        self.num_active = sum(found)
+        self._source = found.index(1) if self.num_active else 0
         return self.num_active
 
     # --- whole parameters -----------------------------------------------------------------------
@@ -247,8 +255,10 @@ class DataParallel(nn.Module):
             self.sync.reshard(0)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """The module's own state, whole and the same on every rank, under the module's own names. A collective."""
-        self._send_buffers()
+        """The module's own state, whole and after a step the same on every rank, under the module's own names.
+
+        A collective at zero=3 alone: below it one rank may ask for it and the others not.
+        """
         with self.gathered():
             found = self.module.state_dict(*args, **options)
             return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}

@@ -77,6 +77,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._clip(max_norm)
         self._flat.step()
         self.model.sync.publish()
+        self.model.send_buffers()
         self.model.begin_step()
 
     def _agree(self, max_norm: float | None = None) -> float | None:
