@@ -10,6 +10,7 @@ Then the script goes on as before: forward, loss.backward(), optimizer.step(). G
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,9 +54,9 @@ class DataParallel(nn.Module):
     block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once. shard_size: cut
     over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
     ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
-    after every step, and before the first training forward where none was before it. A parameter without a gradient counts as zero; frozen
-    ones stay whole and as they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe
-    is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
+    after every step, and before the first training forward where no step was before it. A parameter without a gradient
+    counts as zero; frozen ones stay whole and as they are. compression: as data.compression, with its rank and ratio;
+    what the lossy ones owe is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
 
     Collectives: a broadcast of the state; a step's are those of Replicate, Zero or the compressor. Raises ConfigError
     for a mesh with a pipeline, for parameters of more than one dtype or device, and for a zero, shard_size or
@@ -202,6 +203,15 @@ class DataParallel(nn.Module):
         self.flat.show_grads()
         self.reduced = True
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        if self.flat.level and self.reduced:
+            warnings.warn(
+                f"param.grad is None with zero={self.flat.level}, where a rank has a part of the gradients: clip with "
+                "optimizer.clip_grad_norm_(max_norm), torch's own would clip nothing",
+                stacklevel=2,
+            )
+        return super().parameters(recurse)
+
     # --- ranks with fewer batches ---------------------------------------------------------------
 
     @contextmanager
@@ -209,8 +219,8 @@ class DataParallel(nn.Module):
         """Around a loop in which ranks may have different numbers of batches: a rank that is done takes part in the
         others' steps, with no gradient of its own, until all are done. Not for zero=3.
 
-        The mean is over the ranks that still have batches; what one of them clips, all do. Sends 8 bytes a step for each
-        rank, and 16 and 8 for each parameter group at the step and at each clip.
+        The mean is over the ranks that still have batches; what one of them clips, all do. Sends 8 bytes a step for
+        each rank, and 16 and 8 for each parameter group at the step and at each clip.
         """
         if self.flat.level == 3:
             raise ConfigError(

@@ -144,7 +144,8 @@ class FlatBuffers(FlatLayout):
         self._lent: dict[Bucket, Tensor] = {}
         self._fresh: set[Placed] = set()  # no gradient yet in this step: the memory holds the last one's
         self.grad_scale = 1.0
-        self._shows = self.level < 2 and self.grad_dtype == self.dtype
+        # From level 1 on a rank has the sum of a part alone: the rest of the buffer must not pass for a gradient.
+        self._shows = self.level == 0 and self.grad_dtype == self.dtype
         self.zero_grads()
 
     @property
@@ -182,8 +183,9 @@ class FlatBuffers(FlatLayout):
         placed.parameter.grad = None
 
     def show_grads(self) -> None:
-        """Let `param.grad` be the buffer, where a rank has all of it."""
-        for placed in self.placed if self._shows else ():
+        """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
+        for placed in self.placed if self.level == 0 else ():
+            placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed)
 
     def _touch(self, placed: Placed, view: Tensor) -> None:
@@ -229,6 +231,8 @@ class FlatBuffers(FlatLayout):
         self._lent.clear()
         for placed in self.placed:
             placed.parameter.grad = None
+            if placed.parameter.dtype != self.grad_dtype:  # autograd goes on in the parameter's own
+                placed.parameter.grad_dtype = placed.parameter.dtype
 
 
 def _cut(flat: Tensor, segment: Segment) -> Tensor:
