@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +26,14 @@ from parallax.comm import all_reduce, broadcast
 from parallax.config_fields import LOSSY
 from parallax.data.buckets import FlatBuffers
 from parallax.data.choose import CASTS, replicate
-from parallax.data.gather import block_of
+from parallax.data.gather import block_of, find_blocks
 from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh, cut_axis
 from parallax.params import collect
 from parallax.wrap_optimizer import Optimizer
-from parallax.wrap_rules import check_compression, check_module
+from parallax.wrap_rules import check_compression, check_module, check_output
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
 
@@ -51,8 +52,9 @@ class DataParallel(nn.Module):
     """Calls the module, and reduces its gradients over mesh.grad while the backward runs.
 
     zero: 0 keeps copies of all, 1 cuts the optimizer's state, 2 gradients too, 3 parameters too, gathered block by
-    block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once. shard_size: cut
-    over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
+    block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once; elsewhere they
+    read as NaN, but for `with model.gathered():`. shard_size: cut over that many neighbours, copy across. no_decay:
+    patterns of parameter names that weight decay leaves alone. All
     ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
     after every step, and before the first training forward where no step was before it. A parameter without a gradient
     counts as zero; frozen ones stay whole and as they are. compression: as data.compression, with its rank and ratio;
@@ -113,6 +115,9 @@ class DataParallel(nn.Module):
             lossy = {"compression_rank": compression_rank, "compression_ratio": compression_ratio}
             self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
         self._lossy = compression in LOSSY
+        if self.flat.level == 3 and gather == "block":
+            for name, block in find_blocks(module):
+                block.register_forward_hook(partial(check_output, name))
         self._accumulating = self._joining = False
         self.active = True
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
@@ -271,7 +276,10 @@ class DataParallel(nn.Module):
         """
         with self.gathered():
             found = self.module.state_dict(*args, **options)
-            return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+            for name, value in found.items():
+                if isinstance(value, Tensor):
+                    found[name] = value.clone()  # in place: what torch notes beside the tensors stays
+            return found
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the module's own state on every rank. Its memory is kept (assign does nothing)."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from parallax.config_fields import LOSSY
 from parallax.data.choose import CASTS
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh
 
-__all__ = ["check_compression", "check_module"]
+__all__ = ["check_compression", "check_module", "check_output"]
 
 
 def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
@@ -42,3 +45,14 @@ def check_compression(compression: str, rank: int, ratio: float, zero: int) -> N
         raise ConfigError(f"compression={compression} needs whole gradients, and zero={zero} cuts them; use zero=0")
     if rank < 1 or not 0 < ratio <= 1:
         raise ConfigError(f"compression_rank={rank} must be at least 1, compression_ratio={ratio} above 0, at most 1")
+
+
+def check_output(name: str, block: nn.Module, args: Any, output: Any) -> None:
+    """A hook on a block of zero=3: its backward is seen by the tensors that it returns, in whatever torch can open."""
+    for leaf in tree_leaves(output):
+        inside = tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
+        if not isinstance(leaf, Tensor) and any(isinstance(value, Tensor) and value.requires_grad for value in inside):
+            raise ConfigError(
+                f"zero=3 cannot see the backward of block {name} through a {type(leaf).__name__}; return tensors, "
+                "tuples, lists or dicts of them, or use gather='step'"
+            )

@@ -81,6 +81,7 @@ class FlatBuffers(FlatLayout):
         self._values = [torch.empty(0, dtype=self.dtype, device=self.device) for _ in sizes]
         shard_size = self.own_size if self.level == 3 else 0
         self._value_shards = torch.zeros(shard_size, dtype=self.dtype, device=self.device)
+        self._views: dict[Bucket, list[tuple[nn.Parameter, Tensor]]] = {}
         with torch.no_grad():
             for index, size in enumerate(sizes):
                 memory = torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -93,10 +94,16 @@ class FlatBuffers(FlatLayout):
                         placed.parameter.data = view
                 if bucket is not None:
                     self.own_values(bucket).copy_(memory[bucket.own[0] - bucket.start : bucket.own[1] - bucket.start])
-                    self.drop(bucket)
+                    self._views[bucket] = [(p.parameter, p.parameter.data) for p in bucket.placed]
+                    if not bucket.late:
+                        self.drop(bucket)
             for placed in self.placed:  # a second use shares the memory of the first
                 if placed.start >= self.stop:
                     placed.parameter.data = self.first_use(placed).parameter.data
+                    if self.level == 3:
+                        self._views[self.buckets[-1]].append((placed.parameter, placed.parameter.data))
+            if self.level == 3 and self.late:
+                self.drop(self.late)
 
     @property
     def values(self) -> Tensor:
@@ -111,6 +118,8 @@ class FlatBuffers(FlatLayout):
         memory = self._values[self.buckets.index(bucket)]
         # The storage grows and shrinks in place: views that autograd saved stay views of it.
         memory.untyped_storage().resize_(memory.nbytes)
+        for parameter, view in self._views[bucket]:
+            parameter.data = view
         return memory
 
     def own_values(self, bucket: Bucket) -> Tensor:
@@ -120,7 +129,9 @@ class FlatBuffers(FlatLayout):
         return self._value_shards[bucket.own_at : bucket.own_at + bucket.own[1] - bucket.own[0]]
 
     def drop(self, bucket: Bucket) -> None:
-        """Free a bucket's whole parameters (level 3)."""
+        """Free a bucket's whole parameters (level 3). Who reads one gets NaN, not memory that is gone."""
+        for parameter, view in self._views[bucket]:
+            parameter.data = torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(view.shape)
         self._values[self.buckets.index(bucket)].untyped_storage().resize_(0)
 
     def values_of(self, segment: Segment) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import parallax
 from parallax.mesh import init_mesh
@@ -36,3 +36,44 @@ def test_torchs_own_clip_clips_or_says_that_it_cannot(ranks, dtype: torch.dtype)
     for zero in (1, 2):
         for theirs, _, said, clipped in ranks(2, clipped_by_torch, zero, dtype):
             assert theirs == 0.0 and not clipped and "optimizer.clip_grad_norm_" in said[0]
+
+
+class Opaque:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class OpaqueBlock(nn.Linear):
+    def forward(self, x: Tensor | Opaque) -> Opaque:  # type: ignore[override]
+        return Opaque(super().forward(x.x if isinstance(x, Opaque) else x))
+
+
+def outside_of_their_block() -> dict[str, object]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh, zero=3)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    found: dict[str, object] = {}
+    for step in range(2):
+        model(batch(mesh.rank, step)).square().mean().backward()
+        optimizer.step()
+        found["read"] = float(model.module[0].weight.norm())
+    with model.gathered():
+        found["gathered"] = float(model.module[0].weight.norm())
+    parent = nn.Module()
+    parent.inner = model
+    found["state"] = {name: float(value.norm()) for name, value in parent.state_dict().items()}
+    found["metadata"] = parent.state_dict()._metadata["inner.0"]["version"]
+    opaque = parallax.data_parallel(nn.Sequential(OpaqueBlock(4, 4), OpaqueBlock(4, 4)), mesh, zero=3)
+    try:
+        opaque(torch.ones(1, 4))
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def test_zero_3_survives_who_reads_outside_of_a_block(ranks):
+    for found in ranks(2, outside_of_their_block, timeout_s=60):
+        assert found["read"] != found["read"], "a parameter that is not here reads as NaN"
+        assert found["state"]["inner.0.weight"] == found["gathered"] > 0
+        assert len(found["state"]) == 4 and found["metadata"] == 1
+        assert "block 0 through a Opaque" in found["refused"] and "gather='step'" in found["refused"]
