@@ -131,6 +131,10 @@ class DataParallel(nn.Module):
         self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those of `accumulate` too."""
+        self.drop_gradients()
+
     def drop_gradients(self) -> None:
         """Forget the gradients so far; a forward that has begun the step stays its beginning."""
         self.sync.wait()

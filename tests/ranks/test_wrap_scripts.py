@@ -77,3 +77,23 @@ def test_zero_3_survives_who_reads_outside_of_a_block(ranks):
         assert found["state"]["inner.0.weight"] == found["gathered"] > 0
         assert len(found["state"]) == 4 and found["metadata"] == 1
         assert "block 0 through a Opaque" in found["refused"] and "gather='step'" in found["refused"]
+
+
+def dropped_by_the_model() -> tuple[float, float]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    norms = []
+    for drops in (True, False):
+        model = parallax.data_parallel(net(), mesh)
+        optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+        if drops:
+            with model.accumulate():
+                model(100 * batch(mesh.rank, 0)).square().mean().backward()
+            model.zero_grad()
+        model(batch(mesh.rank, 1)).square().mean().backward()
+        norms.append(optimizer.clip_grad_norm_(0))
+    return norms[0], norms[1]
+
+
+def test_the_models_zero_grad_drops_what_was_accumulated(ranks):
+    for dropped, fresh in ranks(2, dropped_by_the_model):
+        assert dropped == fresh
