@@ -98,8 +98,17 @@ class Optimizer(torch.optim.Optimizer):
         self.model.drop_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state: this rank's part of it."""
-        return self.inner.state_dict()
+        """The inner optimizer's state, this rank's part of it, and the masters where they are apart from the model."""
+        masters = {"masters": [master.detach() for master in self._masters]} if self._flat.apart else {}
+        return self.inner.state_dict() | masters
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        if self._flat.apart and "masters" in state_dict:
+            for master, values in zip(self._masters, state_dict["masters"], strict=True):
+                master.copy_(values)
+
+    @property
+    def _masters(self) -> list[torch.nn.Parameter]:
+        return self._flat.masters[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -97,3 +98,30 @@ def dropped_by_the_model() -> tuple[float, float]:
 def test_the_models_zero_grad_drops_what_was_accumulated(ranks):
     for dropped, fresh in ranks(2, dropped_by_the_model):
         assert dropped == fresh
+
+
+def resumed(zero: int, optimizer_first: bool) -> list[Tensor]:
+    """The masters after 6 steps, without and with a restart after 3."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    found = []
+    for restarts in (False, True):
+        model = parallax.data_parallel(net().bfloat16(), mesh, zero=zero)
+        optimizer = parallax.optimizer(model, torch.optim.AdamW, lr=1e-3)
+        for step in range(6):
+            model(batch(mesh.rank, step).bfloat16()).float().square().mean().backward()
+            optimizer.step()
+            if restarts and step == 2:
+                saved = model.state_dict(), copy.deepcopy(optimizer.state_dict())
+                model = parallax.data_parallel(net().bfloat16(), mesh, zero=zero)
+                optimizer = parallax.optimizer(model, torch.optim.AdamW, lr=1e-3)
+                loads = [(model, saved[0]), (optimizer, saved[1])]
+                for target, state in reversed(loads) if optimizer_first else loads:
+                    target.load_state_dict(state)
+        found.append(torch.cat([m.flatten() for m in optimizer.state_dict()["masters"]]))
+    return found
+
+
+@pytest.mark.parametrize(("zero", "optimizer_first"), [(0, False), (0, True), (3, False)])
+def test_a_bfloat16_run_resumes_bit_for_bit(ranks, zero: int, optimizer_first: bool):
+    for whole, with_restart in ranks(2, resumed, zero, optimizer_first):
+        assert whole.equal(with_restart) and whole.dtype == torch.float32
