@@ -114,7 +114,7 @@ class DataParallel(nn.Module):
         else:
             lossy = {"compression_rank": compression_rank, "compression_ratio": compression_ratio}
             self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
-        self._lossy = compression in LOSSY
+        self.lossy = compression in LOSSY
         if self.flat.level == 3 and gather == "block":
             for name, block in find_blocks(module):
                 block.register_forward_hook(partial(check_output, name))
@@ -122,6 +122,7 @@ class DataParallel(nn.Module):
         self.active = True
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
         self._when_loaded: list[Callable[[], None]] = []
+        self._when_reduced: list[Callable[[], None]] = []
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -210,6 +211,8 @@ class DataParallel(nn.Module):
             for segment in self.flat.segments:
                 self.flat.grads_of(segment).mul_(1.0 / self.num_active)
         self.flat.show_grads()
+        for show in self._when_reduced:
+            show()
         self.reduced = True
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -235,7 +238,7 @@ class DataParallel(nn.Module):
             raise ConfigError(
                 "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
             )
-        if self._lossy:
+        if self.lossy:
             raise ConfigError("join weighs gradients anew, not what compression owes; leave out one of the two")
         self._joining = True
         self.begin_step()
@@ -299,3 +302,7 @@ class DataParallel(nn.Module):
     def when_loaded(self, refresh: Callable[[], None]) -> None:
         """Have something called after load_state_dict."""
         self._when_loaded.append(refresh)
+
+    def when_reduced(self, show: Callable[[], None]) -> None:
+        """Have something called when the gradients are the mean."""
+        self._when_reduced.append(show)

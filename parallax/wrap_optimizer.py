@@ -37,6 +37,19 @@ class Optimizer(torch.optim.Optimizer):
         self.inner = self._flat.inner
         self.defaults = self.inner.defaults
         model.when_loaded(self._flat.refresh)
+        if model.flat.level == 0:
+            model.when_reduced(self._flat.show_grads)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch's GradScaler at each step, which unscales and checks the gradients itself."""
+        level = self.model.flat.level
+        if level or self.model.joining or self.model.lossy:
+            raise ConfigError(
+                f"a GradScaler needs every rank's whole gradients at every step; zero={level}, join or lossy "
+                "compression hide them: use zero=0 without these, or bfloat16, which needs no GradScaler"
+            )
+        return False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
