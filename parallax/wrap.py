@@ -85,8 +85,7 @@ class DataParallel(nn.Module):
         check_compression(compression, compression_rank, compression_ratio, zero)
         self.module, self.mesh, self.broadcast_buffers = module, mesh, broadcast_buffers
         for tensor in [*module.parameters(), *module.buffers()]:
-            if not tensor.is_meta:
-                broadcast(tensor.detach(), mesh.grad)
+            broadcast(tensor.detach(), mesh.grad)
         decays = {n: not any(fnmatch(n, pattern) for pattern in no_decay) for n, _ in module.named_parameters()}
         specs = [replace(spec, decay=spec.decay and decays[spec.parameter]) for spec in collect(module, mesh)]
         self.order = {spec.name: place for place, spec in enumerate(specs)}
@@ -105,6 +104,7 @@ class DataParallel(nn.Module):
             shards=self.shards,
             group_of=lambda name: blocks[names[name]],
         )
+        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         flats = {0: self.flat}
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
@@ -176,11 +176,36 @@ class DataParallel(nn.Module):
                 tensor.register_hook(begins)
 
     def _arm(self) -> None:
+        self._check_unchanged()
         self.sync.arm(0)
         self.armed = True
         if not self._buffers_sent:
             self.send_buffers()
         self._buffers_sent = False
+
+    def _check_unchanged(self) -> None:
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ConfigError(
+                    f"{name} was frozen when the module was wrapped and is not now; nothing would train it: let all "
+                    "that trains require gradients, then wrap"
+                )
+        dtype = self.flat.placed[0].parameter.dtype
+        if dtype != self.flat.dtype:
+            raise ConfigError(
+                f"the parameters were {self.flat.dtype} when wrapped and are {dtype} now; convert, then wrap"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What double(), to() and the like go through: the parameters lie in memory that must stay as it is."""
+        before = torch.empty(0, dtype=self.flat.dtype, device=self.flat.device)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise ConfigError(
+                f"a wrapped module stays {before.dtype} on {before.device}, and this would make it {after.dtype} on "
+                f"{after.device}; convert or move the module, then wrap it"
+            )
+        return self
 
     def send_buffers(self) -> None:
         """Let every rank have the buffers of the first rank that still has batches. After a step, so that whoever saves

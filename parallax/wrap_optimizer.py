@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from parallax.comm import all_reduce
 from parallax.errors import ConfigError
 from parallax.optimizers import FlatOptimizer
 from parallax.step import clip_gradients, global_loss_and_norm
+from parallax.wrap_rules import NOT_ELEMENTWISE
 
 if TYPE_CHECKING:
     from parallax.wrap import DataParallel
 
 __all__ = ["Optimizer"]
+
+Hook = Callable[[torch.optim.Optimizer, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -35,6 +40,11 @@ class Optimizer(torch.optim.Optimizer):
             lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
         )
         self.inner = self._flat.inner
+        for name in {base.__name__ for base in type(self.inner).__mro__}:
+            if name.lower() in NOT_ELEMENTWISE:
+                raise ConfigError(f"{name} does not treat each element by itself; use AdamW, SGD or another that does")
+        self._before_step: OrderedDict[int, Hook] = OrderedDict()
+        self._after_step: OrderedDict[int, Hook] = OrderedDict()
         self.defaults = self.inner.defaults
         model.when_loaded(self._flat.refresh)
         if model.flat.level == 0:
@@ -88,10 +98,29 @@ class Optimizer(torch.optim.Optimizer):
         if self.model.joining:
             while (max_norm := self._agree()) is not None:  # a rank without batches clips when the others do
                 self._clip(max_norm)
+        for hook in self._before_step.values():
+            hook(self, (), {})
         self._flat.step()
         self.model.sync.publish()
         self.model.send_buffers()
         self.model.begin_step()
+        for hook in self._after_step.values():
+            hook(self, (), {})
+
+    def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Have hook(optimizer, (), {}) called before each update, when the gradients are reduced."""
+        handle = RemovableHandle(self._before_step)
+        self._before_step[handle.id] = hook
+        return handle
+
+    def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
+        """Have hook(optimizer, (), {}) called after each update, when the gradients are gone."""
+        handle = RemovableHandle(self._after_step)
+        self._after_step[handle.id] = hook
+        return handle
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise ConfigError("this optimizer has the wrapped module's parameters; add others to the module, then wrap it")
 
     def _agree(self, max_norm: float | None = None) -> float | None:
         """What comes next on all ranks: a clip to the norm that is returned, or, with None, the update.

@@ -12,7 +12,11 @@ from parallax.data.choose import CASTS
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh
 
-__all__ = ["check_compression", "check_module", "check_output"]
+__all__ = ["NOT_ELEMENTWISE", "check_compression", "check_module", "check_output"]
+
+
+NOT_ELEMENTWISE = {"adafactor", "lamb", "larc", "lars", "lbfgs", "muon", "shampoo", "soap", "sparseadam"}
+"""Optimizers, in small letters, that look at more than one element at a time: flat segments have no matrices."""
 
 
 def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
@@ -32,8 +36,17 @@ def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | Non
         raise ConfigError(f"gather={gather} is unknown; choose block or step")
     if shard_size is not None and (zero == 0 or mesh.grad.size % shard_size):
         raise ConfigError(f"shard_size={shard_size} needs zero=1 to 3 and must divide the {mesh.grad.size} data ranks")
+    meta = next((n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta), None)
+    if meta is not None:
+        raise ConfigError(
+            f"{meta} is on the meta device and has no values; build the module on {mesh.device}, or call "
+            f"module.to_empty(device='{mesh.device}') and give it its initial values before it is wrapped"
+        )
+    sparse = next((name for name, m in module.named_modules() if getattr(m, "sparse", False) is True), None)
+    if sparse is not None:
+        raise ConfigError(f"{sparse or 'the module'} has sparse gradients, which are not reduced; make it sparse=False")
     (kind,) = kinds
-    if kind[1] not in ("meta", mesh.device.type):
+    if kind[1] != mesh.device.type:
         raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import parallax
+from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
 from tests.ranks.test_wrap_join import batch, net
 
@@ -165,3 +166,67 @@ def test_a_grad_scaler_works_on_whole_gradients(ranks):
         torch.testing.assert_close(ours, theirs)
         assert scales == [512.0, 512.0]
         assert "zero=1" in refused and "use zero=0" in refused
+
+
+ONE = "1x1x1"
+
+
+def test_a_module_on_meta_is_refused():
+    with torch.device("meta"):
+        module = nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="weight is on the meta device .* to_empty"):
+        parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"))
+
+
+def test_sparse_gradients_are_refused():
+    module = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
+    with pytest.raises(ConfigError, match="0 has sparse gradients"):
+        parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"))
+
+
+def test_what_is_unfrozen_after_wrapping_is_named():
+    module = net()
+    module[0].requires_grad_(False)
+    model = parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"))
+    model(batch(0, 0))
+    module[0].requires_grad_(True)
+    model.zero_grad()
+    model.begin_step()
+    with pytest.raises(ConfigError, match="0.weight was frozen"):
+        model(batch(0, 0))
+
+
+def test_a_wrapped_module_is_not_converted():
+    model = parallax.data_parallel(net(), init_mesh(ONE, device_type="cpu"))
+    assert model.to("cpu") is model and model.double() is model
+    with pytest.raises(ConfigError, match="stays torch.float64 on cpu"):
+        model.float()
+    with pytest.raises(ConfigError, match="stays torch.float64 on cpu"):
+        nn.Sequential(model).float()
+    model.module.float()
+    with pytest.raises(ConfigError, match="were torch.float64 when wrapped"):
+        model(batch(0, 0).float())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_an_optimizer_that_is_not_elementwise_is_refused(kind: type[torch.optim.Optimizer]):
+    model = parallax.data_parallel(nn.Linear(4, 4), init_mesh(ONE, device_type="cpu"))
+    with pytest.raises(ConfigError, match=f"{kind.__name__} does not treat each element"):
+        parallax.optimizer(model, kind, lr=0.1)
+
+
+def test_step_hooks_are_called_and_other_parameters_refused():
+    model = parallax.data_parallel(net().bfloat16(), init_mesh(ONE, device_type="cpu"))
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    seen: list[Tensor] = []
+    keep = lambda *_: seen.append(model.module[0].weight.detach().clone())  # noqa: E731
+    handles = [optimizer.register_step_pre_hook(keep), optimizer.register_step_post_hook(keep)]
+    for _ in range(2):
+        model(batch(0, 0).bfloat16()).square().mean().backward()
+        optimizer.step()
+        for handle in handles:
+            handle.remove()
+    before, after = seen
+    assert not before.equal(after)
+    with pytest.raises(ConfigError, match="add others to the module"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
