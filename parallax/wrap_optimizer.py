@@ -13,7 +13,7 @@ from parallax.comm import all_reduce
 from parallax.errors import ConfigError
 from parallax.optimizers import FlatOptimizer
 from parallax.step import clip_gradients, global_loss_and_norm
-from parallax.wrap_rules import NOT_ELEMENTWISE
+from parallax.wrap_rules import check_elementwise
 
 if TYPE_CHECKING:
     from parallax.wrap import DataParallel
@@ -32,6 +32,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
         # Not torch's own __init__: the parameters and their state are the inner optimizer's.
+        if isinstance(kind, type):
+            check_elementwise(kind)
         decay = options.get("weight_decay")
         self.model = model
         self._flat = FlatOptimizer(
@@ -40,9 +42,7 @@ class Optimizer(torch.optim.Optimizer):
             lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
         )
         self.inner = self._flat.inner
-        for name in {base.__name__ for base in type(self.inner).__mro__}:
-            if name.lower() in NOT_ELEMENTWISE:
-                raise ConfigError(f"{name} does not treat each element by itself; use AdamW, SGD or another that does")
+        check_elementwise(type(self.inner))
         self._before_step: OrderedDict[int, Hook] = OrderedDict()
         self._after_step: OrderedDict[int, Hook] = OrderedDict()
         self.defaults = self.inner.defaults

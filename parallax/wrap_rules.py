@@ -12,7 +12,7 @@ from parallax.data.choose import CASTS
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh
 
-__all__ = ["NOT_ELEMENTWISE", "check_compression", "check_module", "check_output"]
+__all__ = ["check_compression", "check_elementwise", "check_module", "check_output"]
 
 
 NOT_ELEMENTWISE = {"adafactor", "lamb", "larc", "lars", "lbfgs", "muon", "shampoo", "soap", "sparseadam"}
@@ -58,6 +58,12 @@ def check_compression(compression: str, rank: int, ratio: float, zero: int) -> N
         raise ConfigError(f"compression={compression} needs whole gradients, and zero={zero} cuts them; use zero=0")
     if rank < 1 or not 0 < ratio <= 1:
         raise ConfigError(f"compression_rank={rank} must be at least 1, compression_ratio={ratio} above 0, at most 1")
+
+
+def check_elementwise(kind: type) -> None:
+    for name in (base.__name__ for base in kind.__mro__):
+        if name.lower() in NOT_ELEMENTWISE:
+            raise ConfigError(f"{name} does not treat each element by itself; use AdamW, SGD or another that does")
 
 
 def check_output(name: str, block: nn.Module, args: Any, output: Any) -> None:

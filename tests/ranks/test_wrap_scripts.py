@@ -174,7 +174,7 @@ ONE = "1x1x1"
 def test_a_module_on_meta_is_refused():
     with torch.device("meta"):
         module = nn.Linear(4, 4)
-    with pytest.raises(ConfigError, match="weight is on the meta device .* to_empty"):
+    with pytest.raises(ConfigError, match="weight is on the meta device .*to_empty"):
         parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"))
 
 
@@ -208,7 +208,7 @@ def test_a_wrapped_module_is_not_converted():
         model(batch(0, 0).float())
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.SparseAdam])
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Muon, torch.optim.LBFGS, torch.optim.SparseAdam])
 def test_an_optimizer_that_is_not_elementwise_is_refused(kind: type[torch.optim.Optimizer]):
     model = parallax.data_parallel(nn.Linear(4, 4), init_mesh(ONE, device_type="cpu"))
     with pytest.raises(ConfigError, match=f"{kind.__name__} does not treat each element"):
