@@ -54,11 +54,11 @@ class DataParallel(nn.Module):
     zero: 0 keeps copies of all, 1 cuts the optimizer's state, 2 gradients too, 3 parameters too, gathered block by
     block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once; elsewhere they
     read as NaN, but for `with model.gathered():`. shard_size: cut over that many neighbours, copy across. no_decay:
-    patterns of parameter names that weight decay leaves alone. All
-    ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
-    after every step, and before the first training forward where no step was before it. A parameter without a gradient
-    counts as zero; frozen ones stay whole and as they are. compression: as data.compression, with its rank and ratio;
-    what the lossy ones owe is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
+    patterns of parameter names that weight decay leaves alone. All ranks begin with the parameters and buffers of the
+    first data rank; with broadcast_buffers they have its buffers after every step, and before the first training
+    forward where no step was before it. A parameter without a gradient counts as zero; frozen ones stay whole and as
+    they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe is in no state_dict,
+    and they want gradients of one scale: no GradScaler, no join.
 
     Collectives: a broadcast of the state; a step's are those of Replicate, Zero or the compressor. Raises ConfigError
     for a mesh with a pipeline, for parameters of more than one dtype or device, and for a zero, shard_size or

@@ -81,6 +81,7 @@ class FlatBuffers(FlatLayout):
         self._values = [torch.empty(0, dtype=self.dtype, device=self.device) for _ in sizes]
         shard_size = self.own_size if self.level == 3 else 0
         self._value_shards = torch.zeros(shard_size, dtype=self.dtype, device=self.device)
+        self._missing = torch.full((), torch.nan if self.level == 3 else 0, dtype=self.dtype, device=self.device)
         self._views: dict[Bucket, list[tuple[nn.Parameter, Tensor]]] = {}
         with torch.no_grad():
             for index, size in enumerate(sizes):
@@ -131,7 +132,7 @@ class FlatBuffers(FlatLayout):
     def drop(self, bucket: Bucket) -> None:
         """Free a bucket's whole parameters (level 3). Who reads one gets NaN, not memory that is gone."""
         for parameter, view in self._views[bucket]:
-            parameter.data = torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(view.shape)
+            parameter.data = self._missing.expand(view.shape)
         self._values[self.buckets.index(bucket)].untyped_storage().resize_(0)
 
     def values_of(self, segment: Segment) -> Tensor:
@@ -196,7 +197,8 @@ class FlatBuffers(FlatLayout):
     def show_grads(self) -> None:
         """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
         for placed in self.placed if self.level == 0 else ():
-            placed.parameter.grad_dtype = self.grad_dtype
+            if not self._shows:
+                placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed)
 
     def _touch(self, placed: Placed, view: Tensor) -> None:
@@ -242,7 +244,7 @@ class FlatBuffers(FlatLayout):
         self._lent.clear()
         for placed in self.placed:
             placed.parameter.grad = None
-            if placed.parameter.dtype != self.grad_dtype:  # autograd goes on in the parameter's own
+            if self.level == 0 and not self._shows:  # autograd goes on in the parameter's own
                 placed.parameter.grad_dtype = placed.parameter.dtype
 
 
