@@ -10,10 +10,12 @@ Then the script goes on as before: forward, loss.backward(), optimizer.step(). G
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +26,14 @@ from parallax.comm import all_reduce, broadcast
 from parallax.config_fields import LOSSY
 from parallax.data.buckets import FlatBuffers
 from parallax.data.choose import CASTS, replicate
-from parallax.data.gather import block_of
+from parallax.data.gather import block_of, find_blocks
 from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh, cut_axis
-from parallax.optimizers import FlatOptimizer
 from parallax.params import collect
-from parallax.step import clip_gradients, global_loss_and_norm
+from parallax.wrap_optimizer import Optimizer
+from parallax.wrap_rules import check_compression, check_module, check_output
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
 
@@ -54,12 +56,13 @@ class DataParallel(nn.Module):
     """Calls the module, and reduces its gradients over mesh.grad while the backward runs.
 
     zero: 0 keeps copies of all, 1 cuts the optimizer's state, 2 gradients too, 3 parameters too, gathered block by
-    block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once. shard_size: cut
-    over that many neighbours, copy across. no_decay: patterns of parameter names that weight decay leaves alone. All
-    ranks begin with the parameters and buffers of the first data rank; with broadcast_buffers they have its buffers
-    before the first training forward of every step, as in DDP. A parameter without a gradient counts as zero; frozen
-    ones stay whole and as they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe
-    is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
+    block (a block is a child of a ModuleList, ModuleDict or Sequential), or with gather="step" once; elsewhere they
+    read as NaN, but for `with model.gathered():`. shard_size: cut over that many neighbours, copy across. no_decay:
+    patterns of parameter names that weight decay leaves alone. All ranks begin with the parameters and buffers of the
+    first data rank; with broadcast_buffers they have its buffers after every step, and before the first training
+    forward where no step was before it. A parameter without a gradient counts as zero; frozen ones stay whole and as
+    they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe is in no state_dict,
+    and they want gradients of one scale: no GradScaler, no join.
 
     Collectives: a broadcast of the state; a step's are those of Replicate, Zero or the compressor. Raises ConfigError
     for a mesh with a pipeline, for parameters of more than one dtype or device, and for a zero, shard_size or
@@ -82,12 +85,11 @@ class DataParallel(nn.Module):
         compression_ratio: float = 0.01,
     ) -> None:
         super().__init__()
-        _check(module, mesh, zero, shard_size, gather)
-        _check_compression(compression, compression_rank, compression_ratio, zero)
+        check_module(module, mesh, zero, shard_size, gather)
+        check_compression(compression, compression_rank, compression_ratio, zero)
         self.module, self.mesh, self.broadcast_buffers = module, mesh, broadcast_buffers
         for tensor in [*module.parameters(), *module.buffers()]:
-            if not tensor.is_meta:
-                broadcast(tensor.detach(), mesh.grad)
+            broadcast(tensor.detach(), mesh.grad)
         decays = {n: not any(fnmatch(n, pattern) for pattern in no_decay) for n, _ in module.named_parameters()}
         specs = [replace(spec, decay=spec.decay and decays[spec.parameter]) for spec in collect(module, mesh)]
         self.order = {spec.name: place for place, spec in enumerate(specs)}
@@ -106,6 +108,7 @@ class DataParallel(nn.Module):
             shards=self.shards,
             group_of=lambda name: blocks[names[name]],
         )
+        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         flats = {0: self.flat}
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
@@ -115,11 +118,15 @@ class DataParallel(nn.Module):
         else:
             lossy = {"compression_rank": compression_rank, "compression_ratio": compression_ratio}
             self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
-        self._lossy = compression in LOSSY
+        self.lossy = compression in LOSSY
+        if self.flat.level == 3 and gather == "block":
+            for name, block in find_blocks(module):
+                block.register_forward_hook(partial(check_output, name))
         self._accumulating = self._joining = False
         self.active = True
-        self.num_active = mesh.grad.size
+        self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
         self._when_loaded: list[Callable[[], None]] = []
+        self._when_reduced: list[Callable[[], None]] = []
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -128,6 +135,10 @@ class DataParallel(nn.Module):
         self.sync.zero()
         self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those of `accumulate` too."""
+        self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Forget the gradients so far; a forward that has begun the step stays its beginning."""
@@ -169,14 +180,44 @@ class DataParallel(nn.Module):
                 tensor.register_hook(begins)
 
     def _arm(self) -> None:
+        self._check_unchanged()
         self.sync.arm(0)
         self.armed = True
-        self._send_buffers()
+        if not self._buffers_sent:
+            self.send_buffers()
+        self._buffers_sent = False
 
-    def _send_buffers(self) -> None:
+    def _check_unchanged(self) -> None:
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ConfigError(
+                    f"{name} was frozen when the module was wrapped and is not now; nothing would train it: let all "
+                    "that trains require gradients, then wrap"
+                )
+        dtype = self.flat.placed[0].parameter.dtype
+        if dtype != self.flat.dtype:
+            raise ConfigError(
+                f"the parameters were {self.flat.dtype} when wrapped and are {dtype} now; convert, then wrap"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What double(), to() and the like go through: the parameters lie in memory that must stay as it is."""
+        before = torch.empty(0, dtype=self.flat.dtype, device=self.flat.device)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise ConfigError(
+                f"a wrapped module stays {before.dtype} on {before.device}, and this would make it {after.dtype} on "
+                f"{after.device}; convert or move the module, then wrap it"
+            )
+        return self
+
+    def send_buffers(self) -> None:
+        """Let every rank have the buffers of the first rank that still has batches. After a step, so that whoever saves
+        then needs no collective for them."""
         if self.broadcast_buffers and self.mesh.grad.size > 1:
             for buffer in self.module.buffers():
-                broadcast(buffer, self.mesh.grad)
+                broadcast(buffer, self.mesh.grad, self._source)
+        self._buffers_sent = True
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -199,7 +240,18 @@ class DataParallel(nn.Module):
             for segment in self.flat.segments:
                 self.flat.grads_of(segment).mul_(1.0 / self.num_active)
         self.flat.show_grads()
+        for show in self._when_reduced:
+            show()
         self.reduced = True
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        if self.flat.level and self.reduced:
+            warnings.warn(
+                f"param.grad is None with zero={self.flat.level}, where a rank has a part of the gradients: clip with "
+                "optimizer.clip_grad_norm_(max_norm), torch's own would clip nothing",
+                stacklevel=2,
+            )
+        return super().parameters(recurse)
 
     # --- ranks with fewer batches ---------------------------------------------------------------
 
@@ -208,13 +260,14 @@ class DataParallel(nn.Module):
         """Around a loop in which ranks may have different numbers of batches: a rank that is done takes part in the
         others' steps, with no gradient of its own, until all are done. Not for zero=3.
 
-        The mean is over the ranks that still have batches. Sends 8 bytes a step more.
+        The mean is over the ranks that still have batches; what one of them clips, all do. Sends 8 bytes a step for
+        each rank, and 16 and 8 for each parameter group at the step and at each clip.
         """
         if self.flat.level == 3:
             raise ConfigError(
                 "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
             )
-        if self._lossy:
+        if self.lossy:
             raise ConfigError("join weighs gradients anew, not what compression owes; leave out one of the two")
         self._joining = True
         self.begin_step()
@@ -224,7 +277,7 @@ class DataParallel(nn.Module):
                 self._arm()
                 optimizer.step()
         finally:
-            self._joining, self.active, self.num_active = False, True, self.mesh.grad.size
+            self._joining, self.active, self.num_active, self._source = False, True, self.mesh.grad.size, 0
         self.begin_step()
 
     @property
@@ -233,9 +286,12 @@ class DataParallel(nn.Module):
 
     def agree(self, *, active: bool) -> int:
         """How many ranks have a batch for the coming step."""
-        self.active = active
-        count = torch.tensor([int(active)], dtype=torch.int64, device=self.mesh.device)
-        self.num_active = int(all_reduce(count, self.mesh.grad).item())
+        axis, self.active = self.mesh.grad, active
+        here = torch.zeros(axis.size, dtype=torch.int64, device=self.mesh.device)
+        here[axis.rank] = int(active)
+        found = all_reduce(here, axis).tolist()
+        self.num_active = sum(found)
+        self._source = found.index(1) if self.num_active else 0
         return self.num_active
 
     # --- whole parameters -----------------------------------------------------------------------
@@ -250,11 +306,16 @@ class DataParallel(nn.Module):
             self.sync.reshard(0)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """The module's own state, whole and the same on every rank, under the module's own names. A collective."""
-        self._send_buffers()
+        """The module's own state, whole and after a step the same on every rank, under the module's own names.
+
+        A collective at zero=3 alone: below it one rank may ask for it and the others not.
+        """
         with self.gathered():
             found = self.module.state_dict(*args, **options)
-            return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+            for name, value in found.items():
+                if isinstance(value, Tensor):
+                    found[name] = value.clone()  # in place: what torch notes beside the tensors stays
+            return found
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the module's own state on every rank. Its memory is kept (assign does nothing)."""
@@ -271,110 +332,6 @@ class DataParallel(nn.Module):
         """Have something called after load_state_dict."""
         self._when_loaded.append(refresh)
 
-
-def _check(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        raise ConfigError("the module has no parameters that require a gradient; there is nothing to train")
-    if mesh.pipeline.size > 1:
-        raise ConfigError(
-            f"data_parallel wraps a whole model, the mesh has pipeline={mesh.pipeline.size}; use recipes/gpt.py"
-        )
-    kinds = {(p.dtype, p.device.type) for p in parameters}
-    if len(kinds) > 1:
-        raise ConfigError(f"the parameters are of {len(kinds)} kinds ({', '.join(map(str, kinds))}); make them one")
-    if zero not in (0, 1, 2, 3):
-        raise ConfigError(f"zero={zero} is unknown; choose 0, 1, 2 or 3")
-    if gather not in ("block", "step"):
-        raise ConfigError(f"gather={gather} is unknown; choose block or step")
-    if shard_size is not None and (zero == 0 or mesh.grad.size % shard_size):
-        raise ConfigError(f"shard_size={shard_size} needs zero=1 to 3 and must divide the {mesh.grad.size} data ranks")
-    (kind,) = kinds
-    if kind[1] not in ("meta", mesh.device.type):
-        raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
-
-
-def _check_compression(compression: str, rank: int, ratio: float, zero: int) -> None:
-    known = ("none", *CASTS, *LOSSY)
-    if compression not in known:
-        raise ConfigError(f"compression={compression} is unknown; choose {', '.join(known[:-1])} or {known[-1]}")
-    if compression in LOSSY and zero:
-        raise ConfigError(f"compression={compression} needs whole gradients, and zero={zero} cuts them; use zero=0")
-    if rank < 1 or not 0 < ratio <= 1:
-        raise ConfigError(f"compression_rank={rank} must be at least 1, compression_ratio={ratio} above 0, at most 1")
-
-
-class Optimizer(torch.optim.Optimizer):
-    """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
-
-    `clip_grad_norm_` is to be used instead of torch's with zero > 0, where a rank has a part of the gradients alone and
-    `param.grad` is None. Learning-rate schedulers of torch work on it.
-    """
-
-    def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
-        # Not torch's own __init__: the parameters and their state are the inner optimizer's.
-        decay = options.get("weight_decay")
-        self.model = model
-        self._flat = FlatOptimizer(
-            {0: model.flat},
-            lambda groups: kind(groups, **options),
-            lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
-        )
-        self.inner = self._flat.inner
-        self.defaults = self.inner.defaults
-        model.when_loaded(self._flat.refresh)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
-
-    def synchronize(self) -> None:
-        """Wait until the gradients are reduced, for who wants to look at them before the step."""
-        self.model.reduce()
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> float:
-        """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
-        self.model.reduce()
-        flat, model = self.model.flat, self.model
-        pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
-        zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
-        _, norm = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
-        clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
-        return norm
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Reduce what is left, update, let every rank have the new parameters, and begin with zero gradients."""
-        if closure is not None:
-            raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
-        self.model.reduce()
-        if self.model.joining:
-            self._agree_on_rates()
-        self._flat.step()
-        self.model.sync.publish()
-        self.model.begin_step()
-
-    def _agree_on_rates(self) -> None:
-        """A rank that has run out of batches has no scheduler that goes on: take the others' learning rates."""
-        rates = [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
-        agreed = torch.tensor(rates, dtype=torch.float64, device=self.model.mesh.device)
-        for group, rate in zip(
-            self.param_groups, all_reduce(agreed, self.model.mesh.grad, "max").tolist(), strict=True
-        ):
-            group["lr"] = rate
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; after `step` they are zero already."""
-        self.model.drop_gradients()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state: this rank's part of it."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
+    def when_reduced(self, show: Callable[[], None]) -> None:
+        """Have something called when the gradients are the mean."""
+        self._when_reduced.append(show)

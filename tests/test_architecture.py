@@ -62,6 +62,8 @@ RANK = {
     "postmortem": 11,
     "step": 12,
     "assemble": 13,
+    "wrap_rules": 12.2,
+    "wrap_optimizer": 12.5,
     "wrap": 13,
     "arrays": 13,
     "metrics": 13,

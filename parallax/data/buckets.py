@@ -81,6 +81,8 @@ class FlatBuffers(FlatLayout):
         self._values = [torch.empty(0, dtype=self.dtype, device=self.device) for _ in sizes]
         shard_size = self.own_size if self.level == 3 else 0
         self._value_shards = torch.zeros(shard_size, dtype=self.dtype, device=self.device)
+        self._missing = torch.full((), torch.nan if self.level == 3 else 0, dtype=self.dtype, device=self.device)
+        self._views: dict[Bucket, list[tuple[nn.Parameter, Tensor]]] = {}
         with torch.no_grad():
             for index, size in enumerate(sizes):
                 memory = torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -93,10 +95,16 @@ class FlatBuffers(FlatLayout):
                         placed.parameter.data = view
                 if bucket is not None:
                     self.own_values(bucket).copy_(memory[bucket.own[0] - bucket.start : bucket.own[1] - bucket.start])
-                    self.drop(bucket)
+                    self._views[bucket] = [(p.parameter, p.parameter.data) for p in bucket.placed]
+                    if not bucket.late:
+                        self.drop(bucket)
             for placed in self.placed:  # a second use shares the memory of the first
                 if placed.start >= self.stop:
                     placed.parameter.data = self.first_use(placed).parameter.data
+                    if self.level == 3:
+                        self._views[self.buckets[-1]].append((placed.parameter, placed.parameter.data))
+            if self.level == 3 and self.late:
+                self.drop(self.late)
 
     @property
     def values(self) -> Tensor:
@@ -111,6 +119,8 @@ class FlatBuffers(FlatLayout):
         memory = self._values[self.buckets.index(bucket)]
         # The storage grows and shrinks in place: views that autograd saved stay views of it.
         memory.untyped_storage().resize_(memory.nbytes)
+        for parameter, view in self._views[bucket]:
+            parameter.data = view
         return memory
 
     def own_values(self, bucket: Bucket) -> Tensor:
@@ -120,7 +130,9 @@ class FlatBuffers(FlatLayout):
         return self._value_shards[bucket.own_at : bucket.own_at + bucket.own[1] - bucket.own[0]]
 
     def drop(self, bucket: Bucket) -> None:
-        """Free a bucket's whole parameters (level 3)."""
+        """Free a bucket's whole parameters (level 3). Who reads one gets NaN, not memory that is gone."""
+        for parameter, view in self._views[bucket]:
+            parameter.data = self._missing.expand(view.shape)
         self._values[self.buckets.index(bucket)].untyped_storage().resize_(0)
 
     def values_of(self, segment: Segment) -> Tensor:
@@ -144,7 +156,8 @@ class FlatBuffers(FlatLayout):
         self._lent: dict[Bucket, Tensor] = {}
         self._fresh: set[Placed] = set()  # no gradient yet in this step: the memory holds the last one's
         self.grad_scale = 1.0
-        self._shows = self.level < 2 and self.grad_dtype == self.dtype
+        # From level 1 on a rank has the sum of a part alone: the rest of the buffer must not pass for a gradient.
+        self._shows = self.level == 0 and self.grad_dtype == self.dtype
         self.zero_grads()
 
     @property
@@ -182,8 +195,10 @@ class FlatBuffers(FlatLayout):
         placed.parameter.grad = None
 
     def show_grads(self) -> None:
-        """Let `param.grad` be the buffer, where a rank has all of it."""
-        for placed in self.placed if self._shows else ():
+        """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
+        for placed in self.placed if self.level == 0 else ():
+            if not self._shows:
+                placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed)
 
     def _touch(self, placed: Placed, view: Tensor) -> None:
@@ -229,6 +244,8 @@ class FlatBuffers(FlatLayout):
         self._lent.clear()
         for placed in self.placed:
             placed.parameter.grad = None
+            if self.level == 0 and not self._shows:  # autograd goes on in the parameter's own
+                placed.parameter.grad_dtype = placed.parameter.dtype
 
 
 def _cut(flat: Tensor, segment: Segment) -> Tensor:

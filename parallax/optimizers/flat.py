@@ -43,11 +43,15 @@ class FlatOptimizer(Masters):
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients in the flat buffers."""
-        for stage, flat in self.flats.items():
-            for master, segment in zip(self.masters[stage], flat.segments, strict=True):
-                master.grad = flat.grads_of(segment).to(master.dtype)
+        self.show_grads()
         self.inner.step()
         for masters in self.masters.values():
             for master in masters:
                 master.grad = None
         self.publish()
+
+    def show_grads(self) -> None:
+        """Let the masters have the gradients in the flat buffers."""
+        for stage, flat in self.flats.items():
+            for master, segment in zip(self.masters[stage], flat.segments, strict=True):
+                master.grad = flat.grads_of(segment).to(master.dtype)

@@ -37,10 +37,12 @@ class Masters:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the model's own parameters as masters: they were loaded from elsewhere."""
+        """Take the model's own parameters as masters: they were loaded from elsewhere. A master that rounds to what was
+        loaded stays, so that it does not matter which of the two is loaded first."""
         for stage, flat in self.flats.items() if self.apart else ():
             for segment, master in zip(flat.segments, self.masters[stage], strict=True):
-                master.copy_(flat.values_of(segment))
+                values = flat.values_of(segment)
+                master.copy_(torch.where(master.to(values) == values, master, values.to(master)))
 
 
 def narrow(flat: FlatBuffers) -> bool:

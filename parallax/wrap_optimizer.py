@@ -1,0 +1,156 @@
+"""A torch optimizer for what a rank of a wrapped module updates."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from parallax.comm import all_reduce
+from parallax.errors import ConfigError
+from parallax.optimizers import FlatOptimizer
+from parallax.step import clip_gradients, global_loss_and_norm
+from parallax.wrap_rules import check_elementwise
+
+if TYPE_CHECKING:
+    from parallax.wrap import DataParallel
+
+__all__ = ["Optimizer"]
+
+Hook = Callable[[torch.optim.Optimizer, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
+
+    `clip_grad_norm_` is to be used instead of torch's with zero > 0, where a rank has a part of the gradients alone and
+    `param.grad` is None. Learning-rate schedulers of torch work on it.
+    """
+
+    def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+        # Not torch's own __init__: the parameters and their state are the inner optimizer's.
+        if isinstance(kind, type):
+            check_elementwise(kind)
+        decay = options.get("weight_decay")
+        self.model = model
+        self._flat = FlatOptimizer(
+            {0: model.flat},
+            lambda groups: kind(groups, **options),
+            lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
+        )
+        self.inner = self._flat.inner
+        check_elementwise(type(self.inner))
+        self._before_step: OrderedDict[int, Hook] = OrderedDict()
+        self._after_step: OrderedDict[int, Hook] = OrderedDict()
+        self.defaults = self.inner.defaults
+        model.when_loaded(self._flat.refresh)
+        if model.flat.level == 0:
+            model.when_reduced(self._flat.show_grads)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch's GradScaler at each step, which unscales and checks the gradients itself."""
+        level = self.model.flat.level
+        if level or self.model.joining or self.model.lossy:
+            raise ConfigError(
+                f"a GradScaler needs every rank's whole gradients at every step; zero={level}, join or lossy "
+                "compression hide them: use zero=0 without these, or bfloat16, which needs no GradScaler"
+            )
+        return False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def synchronize(self) -> None:
+        """Wait until the gradients are reduced, for who wants to look at them before the step."""
+        self.model.reduce()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
+        self.model.reduce()
+        if self.model.joining:
+            self._agree(max_norm)
+        return self._clip(max_norm)
+
+    def _clip(self, max_norm: float) -> float:
+        flat, model = self.model.flat, self.model
+        pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
+        zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
+        _, norm = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
+        clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Reduce what is left, update, let every rank have the new parameters, and begin with zero gradients."""
+        if closure is not None:
+            raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
+        self.model.reduce()
+        if self.model.joining:
+            while (max_norm := self._agree()) is not None:  # a rank without batches clips when the others do
+                self._clip(max_norm)
+        for hook in self._before_step.values():
+            hook(self, (), {})
+        self._flat.step()
+        self.model.sync.publish()
+        self.model.send_buffers()
+        self.model.begin_step()
+        for hook in self._after_step.values():
+            hook(self, (), {})
+
+    def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Have hook(optimizer, (), {}) called before each update, when the gradients are reduced."""
+        handle = RemovableHandle(self._before_step)
+        self._before_step[handle.id] = hook
+        return handle
+
+    def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
+        """Have hook(optimizer, (), {}) called after each update, when the gradients are gone."""
+        handle = RemovableHandle(self._after_step)
+        self._after_step[handle.id] = hook
+        return handle
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise ConfigError("this optimizer has the wrapped module's parameters; add others to the module, then wrap it")
+
+    def _agree(self, max_norm: float | None = None) -> float | None:
+        """What comes next on all ranks: a clip to the norm that is returned, or, with None, the update.
+
+        A rank that has run out of batches has no scheduler that goes on: it takes the others' learning rates.
+        """
+        mine = [0.0 if max_norm is None else 1.0, max_norm or 0.0]
+        mine += [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
+        agreed = torch.tensor(mine, dtype=torch.float64, device=self.model.mesh.device)
+        clips, norm, *rates = all_reduce(agreed, self.model.mesh.grad, "max").tolist()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return norm if clips else None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; after `step` they are zero already."""
+        self.model.drop_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, this rank's part of it, and the masters where they are apart from the model."""
+        masters = {"masters": [master.detach() for master in self._masters]} if self._flat.apart else {}
+        return self.inner.state_dict() | masters
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        if self._flat.apart and "masters" in state_dict:
+            for master, values in zip(self._masters, state_dict["masters"], strict=True):
+                master.copy_(values)
+
+    @property
+    def _masters(self) -> list[torch.nn.Parameter]:
+        return self._flat.masters[0]

@@ -1,0 +1,77 @@
+"""What data_parallel refuses, before any collective, so that every rank refuses alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from parallax.config_fields import LOSSY
+from parallax.data.choose import CASTS
+from parallax.errors import ConfigError
+from parallax.mesh import Mesh
+
+__all__ = ["check_compression", "check_elementwise", "check_module", "check_output"]
+
+
+NOT_ELEMENTWISE = {"adafactor", "lamb", "larc", "lars", "lbfgs", "muon", "shampoo", "soap", "sparseadam"}
+"""Optimizers, in small letters, that look at more than one element at a time: flat segments have no matrices."""
+
+
+def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError("the module has no parameters that require a gradient; there is nothing to train")
+    if mesh.pipeline.size > 1:
+        raise ConfigError(
+            f"data_parallel wraps a whole model, the mesh has pipeline={mesh.pipeline.size}; use recipes/gpt.py"
+        )
+    kinds = {(p.dtype, p.device.type) for p in parameters}
+    if len(kinds) > 1:
+        raise ConfigError(f"the parameters are of {len(kinds)} kinds ({', '.join(map(str, kinds))}); make them one")
+    if zero not in (0, 1, 2, 3):
+        raise ConfigError(f"zero={zero} is unknown; choose 0, 1, 2 or 3")
+    if gather not in ("block", "step"):
+        raise ConfigError(f"gather={gather} is unknown; choose block or step")
+    if shard_size is not None and (zero == 0 or mesh.grad.size % shard_size):
+        raise ConfigError(f"shard_size={shard_size} needs zero=1 to 3 and must divide the {mesh.grad.size} data ranks")
+    meta = next((n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta), None)
+    if meta is not None:
+        raise ConfigError(
+            f"{meta} is on the meta device and has no values; build the module on {mesh.device}, or call "
+            f"module.to_empty(device='{mesh.device}') and give it its initial values before it is wrapped"
+        )
+    sparse = next((name for name, m in module.named_modules() if getattr(m, "sparse", False) is True), None)
+    if sparse is not None:
+        raise ConfigError(f"{sparse or 'the module'} has sparse gradients, which are not reduced; make it sparse=False")
+    (kind,) = kinds
+    if kind[1] != mesh.device.type:
+        raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
+
+
+def check_compression(compression: str, rank: int, ratio: float, zero: int) -> None:
+    known = ("none", *CASTS, *LOSSY)
+    if compression not in known:
+        raise ConfigError(f"compression={compression} is unknown; choose {', '.join(known[:-1])} or {known[-1]}")
+    if compression in LOSSY and zero:
+        raise ConfigError(f"compression={compression} needs whole gradients, and zero={zero} cuts them; use zero=0")
+    if rank < 1 or not 0 < ratio <= 1:
+        raise ConfigError(f"compression_rank={rank} must be at least 1, compression_ratio={ratio} above 0, at most 1")
+
+
+def check_elementwise(kind: type) -> None:
+    for name in (base.__name__ for base in kind.__mro__):
+        if name.lower() in NOT_ELEMENTWISE:
+            raise ConfigError(f"{name} does not treat each element by itself; use AdamW, SGD or another that does")
+
+
+def check_output(name: str, block: nn.Module, args: Any, output: Any) -> None:
+    """A hook on a block of zero=3: its backward is seen by the tensors that it returns, in whatever torch can open."""
+    for leaf in tree_leaves(output):
+        inside = tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
+        if not isinstance(leaf, Tensor) and any(isinstance(value, Tensor) and value.requires_grad for value in inside):
+            raise ConfigError(
+                f"zero=3 cannot see the backward of block {name} through a {type(leaf).__name__}; return tensors, "
+                "tuples, lists or dicts of them, or use gather='step'"
+            )

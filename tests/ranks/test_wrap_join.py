@@ -1,0 +1,90 @@
+"""Ranks with different numbers of batches: what goes on while some have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parallax
+from parallax.mesh import init_mesh
+
+
+def net(norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = nn.BatchNorm1d(6) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(4, 6), middle, nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def batch(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(5, 4, generator=generator, dtype=torch.float64)
+
+
+def clipped(zero: int) -> dict[str, Tensor]:
+    """Rank r has 1 + 2r batches, and clips."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh, zero=zero)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    with model.join(optimizer):
+        for step in range(1 + 2 * mesh.rank):
+            model(batch(mesh.rank, step)).square().mean().backward()
+            optimizer.clip_grad_norm_(0.01)
+            optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_rank_without_batches_clips_with_the_others(ranks, zero: int):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        here = [0, 1] if step == 0 else [1]
+        for rank in here:
+            (model(batch(rank, step)).square().mean() / len(here)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in ranks(2, clipped, zero, timeout_s=60):
+        for name, values in model.state_dict().items():
+            torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def statistics() -> tuple[int, Tensor]:
+    """Rank 0 has one batch, rank 1 four."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(norm=True), mesh)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    with model.join(optimizer):
+        for step in range(1 + 3 * mesh.rank):
+            model(batch(mesh.rank, step)).square().mean().backward()
+            optimizer.step()
+    norm = model.module[1]
+    return int(norm.num_batches_tracked), norm.running_mean
+
+
+def test_batch_statistics_go_on_when_the_first_rank_has_no_batches(ranks):
+    (count, mean), (other_count, other_mean) = ranks(2, statistics)
+    assert count == other_count == 4
+    assert mean.equal(other_mean)
+
+
+def saved_by_one(zero: int) -> dict[str, Tensor]:
+    """A script for DDP: the first rank saves and the others go on."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(norm=True), mesh, zero=zero)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    state: dict[str, Tensor] = {}
+    for step in range(3):
+        model(batch(mesh.rank, step)).square().mean().backward()
+        optimizer.step()
+        if mesh.rank == 0 and step == 1:
+            state = model.state_dict()
+    return state or model.state_dict()
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_one_rank_may_save_below_level_3(ranks, zero: int):
+    saved, after = ranks(2, saved_by_one, zero, timeout_s=60)
+    assert int(saved["1.num_batches_tracked"]) == 2
+    assert int(after["1.num_batches_tracked"]) == 3
