@@ -15,6 +15,7 @@ PARALLAX_SHARED_MEMORY=0 keeps to sockets.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -254,7 +255,8 @@ def share(group: Any, global_rank: int, ranks: Sequence[int], slot_bytes: int, t
         return Board(file, rank, ranks, pids, slot_bytes, timeout_s) if int(ready) else None
     finally:  # also where another rank has ended on the way
         if created:
-            os.unlink(SHM / created)
+            with contextlib.suppress(FileNotFoundError):  # somebody has tidied up /dev/shm
+                os.unlink(SHM / created)
         if file >= 0:
             os.close(file)
 
