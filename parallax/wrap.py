@@ -43,6 +43,8 @@ def data_parallel(module: nn.Module, mesh: Mesh, **options: Any) -> DataParallel
 
     With zero=3 every rank must run the same blocks in a step; where that may differ (LayerDrop, experts) take
     gather="step" or zero=2. Else RuntimeError: at once where ranks share memory, after the mesh's time-out elsewhere.
+    With zero=1 and 2 the parameters of a block arrive before the block is called: who uses them without that call, and
+    before it, reads those of the step before, unless within `model.gathered()`.
     """
     return DataParallel(module, mesh, **options)
 
