@@ -119,6 +119,12 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": found, "weight_decay": decay if matrix else 0.0} for (matrix, _), found in groups.items()]
 
 
+def _vocabulary_cut() -> Any:
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    return loss_parallel()
+
+
 def build(
     data: int,
     tensor: int,
@@ -161,14 +167,7 @@ def build(
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    @contextlib.contextmanager
-    def vocabulary_cut() -> Any:
-        from torch.distributed.tensor.parallel import loss_parallel
-
-        with loss_parallel():
-            yield
-
-    around = vocabulary_cut if tensor > 1 else contextlib.nullcontext
+    around = _vocabulary_cut if tensor > 1 else contextlib.nullcontext
     if pipeline > 1:
         run = _pipelined(model, mesh, index, pipeline, count, loss_of, schedule)
     else:

@@ -8,7 +8,7 @@ u = c (x + a x^3).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallax.compiled import pick
+from parallax.tensor.norms import wide_of
 
 __all__ = ["gelu", "swiglu"]
 
@@ -37,22 +38,18 @@ def swiglu(x: Tensor, compiled: bool = False) -> Tensor:
     return _SwiGLU.apply(x, compiled)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _slope(x: Tensor, times: float = 1.0) -> Tensor:
     """2 c (1 + times a x^2): with times = 1 it is 2u / x, with 3 the derivative of 2u."""
     return torch.addcmul(torch.full((), TWO_C, dtype=x.dtype, device=x.device), x, x, value=TWO_C * A * times)
 
 
 def _gelu_forward(x: Tensor) -> Tensor:
-    wide = _wide(x)
+    wide = wide_of(x)
     return (_slope(wide).mul_(wide).sigmoid_() * wide).to(x.dtype)
 
 
 def _gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    wide, g = _wide(x), _wide(grad)
+    wide, g = wide_of(x), wide_of(grad)
     s = _slope(wide).mul_(wide).sigmoid_()
     # g s + x g s (1 - s) (2u)'
     rest = torch.ops.aten.sigmoid_backward(g, s).mul_(wide).mul_(_slope(wide, 3))
@@ -61,14 +58,10 @@ def _gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
 
 def _in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """An elementwise function, a part after the other."""
-    tensors = tuple(x.contiguous() for x in tensors)
-    result = torch.empty_like(tensors[0])
-
-    def parts() -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(x.view(-1).split(CHUNK) for x in (result, *tensors)), strict=True)
-
-    for out, *arguments in parts():
-        out.copy_(function(*arguments))
+    whole = [x.contiguous() for x in tensors]
+    result = torch.empty_like(whole[0])
+    for out, *parts in zip(*(x.view(-1).split(CHUNK) for x in (result, *whole)), strict=True):
+        out.copy_(function(*parts))
     return result
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallax.models.costs import BLOCK, keeps_probabilities
+from parallax.tensor.norms import wide_of
 
 __all__ = ["blocked_attention", "suits"]
 
@@ -56,7 +57,7 @@ class _Blocked(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
         num_samples, length, _, width = qkv.shape
         ctx.heads, ctx.scale = heads, width**-0.5
-        wide = _wide(qkv)
+        wide = wide_of(qkv)
         future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=wide.dtype).triu_(1)
         out = wide.new_empty(num_samples, length, heads, width)
         kept = []
@@ -77,10 +78,10 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         qkv, *kept = ctx.saved_tensors
-        length, scale, wide = qkv.shape[1], ctx.scale, _wide(qkv)
+        length, scale, wide = qkv.shape[1], ctx.scale, wide_of(qkv)
         result = torch.empty_like(wide)
-        probabilities = map(_wide, kept)
-        for sample, grad_sample, d in zip(wide, _wide(grad), result, strict=True):
+        probabilities = map(wide_of, kept)
+        for sample, grad_sample, d in zip(wide, wide_of(grad), result, strict=True):
             (q, k, v), (dq, dk, dv) = _parts(sample, ctx.heads), _parts(d, ctx.heads)
             g_GrTK = grad_sample.unflatten(1, (-1, q.shape[1])).permute(1, 2, 0, 3)
             # From the last block, which meets all keys, so that its products begin the sums.
@@ -92,10 +93,6 @@ class _Blocked(torch.autograd.Function):
                 _write(dq, start, stop, ds, k[:, :stop], scale)
                 dk[:, :stop].baddbmm_(ds.transpose(1, 2), _rows(q, start, stop), beta=more, alpha=scale)
         return result.to(qkv.dtype), None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _backwards(length: int, kept: Iterator[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:

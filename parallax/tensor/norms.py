@@ -18,7 +18,7 @@ from parallax.mesh import Axis
 from parallax.rng import keep_mask
 from parallax.tensor.layers import add_into, initialize, replicated
 
-__all__ = ["LayerNorm", "RMSNorm", "keyed_dropout"]
+__all__ = ["LayerNorm", "RMSNorm", "keyed_dropout", "wide_of"]
 
 
 def _send(sink: GradSink | None, parameter: nn.Parameter | None, compute: Any) -> Tensor | None:
@@ -32,20 +32,20 @@ def _send(sink: GradSink | None, parameter: nn.Parameter | None, compute: Any) -
 
 
 def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
+    wide = wide_of(x)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * rstd).to(x.dtype).mul_(weight), rstd
 
 
 def _rms_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    normal, wide = _wide(x) * rstd, _wide(grad)
+    normal, wide = wide_of(x) * rstd, wide_of(grad)
     scaled = wide * weight
     along = (scaled * normal).mean(-1, keepdim=True)
     return scaled.sub_(normal * along).mul_(rstd).to(x.dtype)
 
 
 def _rms_weight_grad(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-    return (_wide(grad) * (_wide(x) * rstd)).sum(0)
+    return (wide_of(grad) * (wide_of(x) * rstd)).sum(0)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -103,8 +103,8 @@ class _LayerNorm(torch.autograd.Function):
         return grad_x, weight_grad, bias_grad, None
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: statistics of bfloat16 rows are not taken in bfloat16."""
+def wide_of(x: Tensor) -> Tensor:
+    """At least float32: what lies between the inputs and the result is not computed in bfloat16."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
