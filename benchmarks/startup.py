@@ -78,6 +78,7 @@ def launch(which: str, mesh: str) -> dict[str, float]:
     command = ["torchrun", "--nproc_per_node", str(size), __file__, "--rank", which, mesh]
     begun = time.time()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # torch's byte code was written when it was installed
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     # Lines of several ranks may come to lie on one.
     marks = [json.JSONDecoder().raw_decode(text)[0] for text in done.stdout.split(MARK)[1:]]

@@ -106,8 +106,7 @@ def open_corpus(source: str, *, validation_fraction: float, seed: int, vocab: in
     """
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = sorted(p for p in root.rglob("*.py") if SKIPPED.isdisjoint(p.relative_to(root).parts))
-        return _text(source, root, paths, validation_fraction, seed, vocab, forgiving=True)
+        return _text(source, root, _sources(root), validation_fraction, seed, vocab, forgiving=True)
     root, paths = _find(source)
     tokens = [path for path in paths if path.suffix == ".bin"]
     if tokens and len(tokens) < len(paths):
@@ -119,6 +118,16 @@ def open_corpus(source: str, *, validation_fraction: float, seed: int, vocab: in
     if tokens:
         return _tokens(source, tokens, validation_fraction, vocab)
     return _text(source, root, paths, validation_fraction, seed, vocab, forgiving=False)
+
+
+def _sources(root: Path) -> list[Path]:
+    """Python files below a directory, outside of SKIPPED ones, which are not even walked: site-packages may hold 10,000
+    folders, and every rank comes by here before its first step."""
+    found = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in SKIPPED]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and name not in SKIPPED]
+    return found
 
 
 def _find(source: str) -> tuple[Path, list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,17 @@ def test_validation_files_are_never_trained_on(tmp_path: Path, names: tuple[str,
     corpus = opened(tmp_path)
     assert set(corpus.train.read(0, 1000)) == {0} and set(corpus.validation.read(0, 1000)) == {1}
     assert len(corpus.train) == len(corpus.validation) == 100
+
+
+def test_pythons_own_sources_are_found_without_walking_what_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a.py", "json/b.py", "site-packages/torch/c.py", "json/tests/d.py", "json/e.txt", "test/f.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pass")
+    walked = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: walked.append(Path(path).name) or scan(path))
+    assert sorted(corpus_file._sources(tmp_path)) == [tmp_path / "a.py", tmp_path / "json/b.py"]
+    assert sorted(walked) == sorted([tmp_path.name, "json"])
 
 
 def test_tokens_beside_text_are_an_error(tmp_path: Path):
