@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallax.allocator import keep_freed_memory
 from parallax.comm import gather_json
 from parallax.compiled import require_compiler
 from parallax.config import Config, ResolvedBatch, check, resolve_batch
@@ -139,6 +140,8 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         require_float8(mesh.device)
     if config.compile:
         require_compiler(mesh.device.type)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     baseline = peak_memory_bytes(mesh.device)
     batch = resolve_batch(config)
     plan = plan_stages(config)

@@ -20,6 +20,7 @@ RANK = {
     "rng": 0,
     "plain_files": 0,
     "plain_json": 0,
+    "allocator": 0,
     "processor": 0,
     "compiled": 1,
     "shared_memory": 1,
