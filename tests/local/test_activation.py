@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from parallax.compiled import require_compiler
 from parallax.errors import ConfigError
+from parallax.models import activation
 from parallax.models.activation import gelu, swiglu
 from tests.cases import VARIANTS, train, worst
 
@@ -28,6 +29,16 @@ def test_it_is_torchs(dtype: torch.dtype):
     for mine, theirs in ((y, wanted), (x.grad, exact.grad)):
         apart = (mine.detach().double() - theirs.detach()).abs()[usual] / theirs.detach().abs()[usual].clamp(min=1)
         assert apart.max() <= NEAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_parts_are_the_bits_of_the_whole(dtype: torch.dtype):
+    x, grad = (torch.randn(2, activation.CHUNK - 5, dtype=torch.float64).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    y = gelu(x)
+    y.backward(grad)
+    assert torch.equal(y, activation._gelu_forward(x.detach()))
+    assert x.grad is not None and torch.equal(x.grad, activation._gelu_backward(x.detach(), grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

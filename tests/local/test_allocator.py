@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from parallax.allocator import CHOSEN, keep_freed_memory
 
 STEPS = """
 import resource, sys, torch
@@ -25,7 +28,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True)
+    plain = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True, env=plain)
     return int(done.stdout)
 
 
@@ -34,3 +38,9 @@ def test_steps_after_the_first_bring_no_page_faults():
     kept, left = faults("kept"), faults("left")
     assert left > 10_000, "48 MB are 12,000 pages, 20 times"
     assert kept < left / 8
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_who_has_chosen_is_obeyed(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "131072")
+    assert not keep_freed_memory()
