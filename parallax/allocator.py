@@ -2,7 +2,7 @@
 
 glibc gives the top of its heap back to the kernel as soon as 128 KB to 64 MB of it are free, and fetches it again, page
 by page and zeroed, at the next tensor: 19,000 page faults in a step of 1.3 s, 5 % of its time on a CPU. Both settings
-are those of mallopt(3). A peak stays what it was; between steps the process keeps up to KEPT_BYTES of what it freed.
+are those of mallopt(3). A peak grows by 0 to 1.5 %; between steps the process keeps up to KEPT_BYTES of what it freed.
 Whoever sets MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ in the environment has chosen, and is obeyed.
 """
 

@@ -38,55 +38,42 @@ def swiglu(x: Tensor, compiled: bool = False) -> Tensor:
     return _SwiGLU.apply(x, compiled)
 
 
-def _slope(x: Tensor, times: float = 1.0) -> Tensor:
+def _slope(x: Tensor, times: float = 1.0, out: Tensor | None = None) -> Tensor:
     """2 c (1 + times a x^2): with times = 1 it is 2u / x, with 3 the derivative of 2u."""
-    return torch.addcmul(torch.full((), TWO_C, dtype=x.dtype, device=x.device), x, x, value=TWO_C * A * times)
+    two_c = torch.full((), TWO_C, dtype=x.dtype, device=x.device)
+    return torch.addcmul(two_c, x, x, value=TWO_C * A * times, out=out)
 
 
-def _gelu_forward(x: Tensor) -> Tensor:
+def _gelu_forward(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """In `out` where that has the dtype of the computation."""
     wide = wide_of(x)
-    return (_slope(wide).mul_(wide).sigmoid_() * wide).to(x.dtype)
+    return _slope(wide, out=_fitting(out, wide)).mul_(wide).sigmoid_().mul_(wide).to(x.dtype)
 
 
-def _gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
+def _gelu_backward(x: Tensor, grad: Tensor, out: Tensor | None = None) -> Tensor:
     wide, g = wide_of(x), wide_of(grad)
     s = _slope(wide).mul_(wide).sigmoid_()
     # g s + x g s (1 - s) (2u)'
-    rest = torch.ops.aten.sigmoid_backward(g, s).mul_(wide).mul_(_slope(wide, 3))
-    return rest.addcmul_(g, s).to(x.dtype)
+    target = _fitting(out, wide)
+    if target is None:
+        rest = torch.ops.aten.sigmoid_backward(g, s)
+    else:
+        rest = torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=target)
+    return rest.mul_(wide).mul_(_slope(wide, 3)).addcmul_(g, s).to(x.dtype)
 
 
-def _in_chunks(function: Callable[..., None], *tensors: Tensor) -> Tensor:
-    """An elementwise function that writes into its first argument, a part after the other."""
+def _fitting(out: Tensor | None, wide: Tensor) -> Tensor | None:
+    return out if out is not None and out.dtype == wide.dtype else None
+
+
+def _in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """An elementwise function, a part after the other, each into its place in the result where it can."""
     whole = [x.contiguous() for x in tensors]
     result = torch.empty_like(whole[0])
     for out, *parts in zip(*(x.view(-1).split(CHUNK) for x in (result, *whole)), strict=True):
-        function(out, *parts)
+        if (made := function(*parts, out=out)) is not out:
+            out.copy_(made)
     return result
-
-
-def _gelu_into(out: Tensor, x: Tensor) -> None:
-    """`_gelu_forward`, the same bits, with nothing made on the way in float32."""
-    wide = wide_of(x)
-    y = _sigmoid_2u(wide, out if out.dtype == wide.dtype else torch.empty_like(wide)).mul_(wide)
-    if y is not out:
-        out.copy_(y)
-
-
-def _gelu_grad_into(out: Tensor, x: Tensor, grad: Tensor) -> None:
-    """`_gelu_backward`, the same bits, with two temporaries in float32."""
-    wide, g = wide_of(x), wide_of(grad)
-    s = _sigmoid_2u(wide, torch.empty_like(wide))
-    rest = out if out.dtype == wide.dtype else torch.empty_like(wide)
-    torch.ops.aten.sigmoid_backward.grad_input(g, s, grad_input=rest)
-    rest.mul_(wide).mul_(_slope(wide, 3)).addcmul_(g, s)
-    if rest is not out:
-        out.copy_(rest)
-
-
-def _sigmoid_2u(wide: Tensor, out: Tensor) -> Tensor:
-    torch.addcmul(torch.full((), TWO_C, dtype=wide.dtype), wide, wide, value=TWO_C * A, out=out)
-    return out.mul_(wide).sigmoid_()
 
 
 class _Gelu(torch.autograd.Function):
@@ -94,12 +81,12 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, compiled: bool) -> Tensor:
         ctx.compiled = compiled
         ctx.save_for_backward(x)
-        return pick(_gelu_forward, True)(x) if compiled else _in_chunks(_gelu_into, x)
+        return pick(_gelu_forward, True)(x) if compiled else _in_chunks(_gelu_forward, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        grad_x = pick(_gelu_backward, True)(x, grad) if ctx.compiled else _in_chunks(_gelu_grad_into, x, grad)
+        grad_x = pick(_gelu_backward, True)(x, grad) if ctx.compiled else _in_chunks(_gelu_backward, x, grad)
         return grad_x, None
 
 
