@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -55,7 +56,9 @@ class Store(Protocol):
     """
 
     def sizes(self, directory: Any) -> dict[str, int | None]:
-        """The names directly in a directory, with the bytes of the files; None for what is no regular file."""
+        """The names directly in a directory, with the bytes of the files; None for what is no regular file.
+        Others may be writing there: what is renamed meanwhile is in it once, under both names, or under neither.
+        """
         ...
 
     def read(self, path: Any, limit: int) -> bytes:
@@ -151,11 +154,13 @@ class LocalStore:
     """Directories of 0700, new files of 0600, fsynced, no links; a checkpoint appears by rename."""
 
     def sizes(self, directory: Path) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
         with os.scandir(directory) as entries:
-            return {
-                e.name: None if e.is_symlink() or not e.is_file() else e.stat(follow_symlinks=False).st_size
-                for e in entries
-            }
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # renamed or deleted since it was listed
+                    regular = entry.is_file(follow_symlinks=False)
+                    found[entry.name] = entry.stat(follow_symlinks=False).st_size if regular else None
+        return found
 
     def read(self, path: Path, limit: int) -> bytes:
         with os.fdopen(open_regular(path), "rb") as file:

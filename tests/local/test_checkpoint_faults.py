@@ -240,3 +240,34 @@ def test_a_record_that_is_no_record_ends_the_save_in_the_background(tmp_path: Pa
     for error in together(2, saving):
         assert "cannot be saved" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_gets_its_name_while_the_names_are_listed_fails_no_save(tmp_path: Path, monkeypatch):
+    """Rank 0's thread looks for the records of the others at any time: once it has seen `.part`, that may be gone."""
+    honest, renamed = os.scandir, threading.Event()
+
+    class Listing(list[Any]):
+        def __enter__(self) -> Listing:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    def scandir(path: Any) -> Any:
+        with honest(path) as entries:
+            found = Listing(entries)
+        for part in (entry for entry in found if entry.name.endswith(".part")):
+            os.rename(part.path, part.path.removesuffix(".part"))
+            renamed.set()
+        return found
+
+    def put(self: Any, path: Path, data: bytes) -> None:
+        path.with_name(f"{path.name}.part").write_bytes(data)
+        assert renamed.wait(20)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(LocalStore, "put", put)
+
+    def saving(x: Any) -> Any:
+        return BackgroundSave(tmp_path, 1, cut_rows(WHOLE, 2, x.rank), {}, x).wait(x)
+
+    assert together(2, saving) == [None, None] and steps(tmp_path) == [1]
