@@ -4,14 +4,13 @@ torch's fused kernel computes the probabilities again in the backward, and its p
 For up to 512 tokens the probabilities are small enough to keep: half of T x T a head, beside the 2 K T of its keys and
 values. Blocks of queries leave out what lies in their future. Longer sequences, other dtypes and GPUs have the kernel.
 
-Queries, keys and values are read where the fused product left them, and their gradients are written side by side: a
-sample at a time, so that its heads are the batch of a product, and what a block needs stays in the cache. In bfloat16
-the numbers between are float32; what is kept is bfloat16.
+Heads are copied side by side first: the heads of all samples are then one batch of a product, in memory of its own. A
+product into strided memory torch does matrix by matrix. In bfloat16 the numbers between are float32; what is kept is
+bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,67 +41,72 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def _parts(qkv_TJK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [G, r, T, K], keys and values [G, T, K] of one sample, in place."""
-    q_THK, k_TGK, v_TGK = qkv_TJK.split([heads, *2 * [(qkv_TJK.shape[1] - heads) // 2]], dim=1)
-    groups = k_TGK.shape[1]
-    q_GrTK = q_THK.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-    return q_GrTK, k_TGK.transpose(0, 1), v_TGK.transpose(0, 1)
+def _parts(qkv_BTJK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, G, r, T, K], keys and values [B, G, T, K], in place."""
+    q_BTHK, k_BTGK, v_BTGK = qkv_BTJK.split([heads, *2 * [(qkv_BTJK.shape[2] - heads) // 2]], dim=2)
+    return _grouped(q_BTHK, k_BTGK.shape[2]), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+
+
+def _grouped(x_BTHK: Tensor, groups: int) -> Tensor:
+    """[B, G, r, T, K], in place."""
+    return x_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
 
 
 class _Blocked(torch.autograd.Function):
-    """G problems a sample: r = H/G query heads of n queries each share their keys: one product serves them all."""
+    """B*G problems: r = H/G query heads of n queries each share their keys: one product serves them all."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-        num_samples, length, _, width = qkv.shape
+        length, width = qkv.shape[1], qkv.shape[3]
         ctx.heads, ctx.scale = heads, width**-0.5
-        wide = wide_of(qkv)
-        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=wide.dtype).triu_(1)
-        out = wide.new_empty(num_samples, length, heads, width)
+        copies = [part.contiguous() for part in _parts(qkv, heads)]
+        q, k, v = map(wide_of, copies)
+        k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
+        repeat = q.shape[2]
+        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
+        out = qkv.new_empty(*qkv.shape[:2], heads, width)
+        out_BGrTK = _grouped(out, k.shape[1])
         kept = []
-        for sample, result in zip(wide, out, strict=True):
-            q, k, v = _parts(sample, heads)
-            repeat = q.shape[1]
-            out_GrTK = result.unflatten(1, (-1, repeat)).permute(1, 2, 0, 3)
-            for start, stop in _blocks(length):
-                size = stop - start
-                scores = _multiply(_rows(q, start, stop), k[:, :stop].transpose(1, 2), ctx.scale)
-                scores.view(-1, repeat, size, stop)[..., start:].add_(future[:size, :size])
-                p = scores.softmax(-1)
-                _write(out_GrTK, start, stop, p, v[:, :stop], 1.0)
-                kept.append(p.to(qkv.dtype))
-        ctx.save_for_backward(qkv, *kept)
-        return out.to(qkv.dtype)
+        for start, stop in _blocks(length):
+            size = stop - start
+            scores = _multiply(_rows(q, start, stop), k_PTK[:, :stop].transpose(1, 2), ctx.scale)
+            scores.view(-1, repeat, size, stop)[..., start:].add_(future[:size, :size])
+            p = scores.softmax(-1)
+            rows = out_BGrTK[:, :, :, start:stop]
+            rows.copy_(torch.bmm(p, v_PTK[:, :stop]).view(rows.shape))
+            kept.append(p.to(qkv.dtype))
+        ctx.save_for_backward(*copies, *kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        qkv, *kept = ctx.saved_tensors
-        length, scale, wide = qkv.shape[1], ctx.scale, wide_of(qkv)
-        result = torch.empty_like(wide)
-        probabilities = map(wide_of, kept)
-        for sample, grad_sample, d in zip(wide, wide_of(grad), result, strict=True):
-            (q, k, v), (dq, dk, dv) = _parts(sample, ctx.heads), _parts(d, ctx.heads)
-            g_GrTK = grad_sample.unflatten(1, (-1, q.shape[1])).permute(1, 2, 0, 3)
-            # From the last block, which meets all keys, so that its products begin the sums.
-            for (start, stop), p in _backwards(length, probabilities):
-                g, more = _rows(g_GrTK, start, stop), int(stop < length)
-                dv[:, :stop].baddbmm_(p.transpose(1, 2), g, beta=more)
-                dp = torch.bmm(g, v[:, :stop].transpose(1, 2))
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-                _write(dq, start, stop, ds, k[:, :stop], scale)
-                dk[:, :stop].baddbmm_(ds.transpose(1, 2), _rows(q, start, stop), beta=more, alpha=scale)
-        return result.to(qkv.dtype), None
+        copies, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        q, k, v = map(wide_of, copies)
+        k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
+        groups, length = k.shape[1:3]
+        result = grad.new_empty(*grad.shape[:2], ctx.heads + 2 * groups, grad.shape[3])
+        dq, dk, dv = _parts(result, ctx.heads)
+        g_BGrTK = wide_of(_grouped(grad, groups).contiguous())
+        sum_k: Tensor | None = None
+        sum_v: Tensor | None = None
+        # From the last block, which meets all keys: the others are added to what it begins.
+        for (start, stop), kept_p in reversed(list(zip(_blocks(length), kept, strict=True))):
+            p, g = wide_of(kept_p), _rows(g_BGrTK, start, stop)
+            sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g))
+            dp = torch.bmm(g, v_PTK[:, :stop].transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            rows = dq[:, :, :, start:stop]
+            torch.mul(torch.bmm(ds, k_PTK[:, :stop]).view(rows.shape), ctx.scale, out=rows)
+            sum_k = _add(sum_k, torch.bmm(ds.transpose(1, 2), _rows(q, start, stop)))
+        assert sum_k is not None and sum_v is not None
+        torch.mul(sum_k.view(dk.shape), ctx.scale, out=dk)
+        dv.copy_(sum_v.view(dv.shape))
+        return result, None
 
 
-def _backwards(length: int, kept: Iterator[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:
-    """The blocks of the next sample with their probabilities, the last block first."""
-    return [(block, next(kept)) for block in _blocks(length)][::-1]
-
-
-def _rows(x_GrTK: Tensor, start: int, stop: int) -> Tensor:
-    """The block's rows of all r heads, one under the other: [G, r*n, K]; in place where r is 1."""
-    return x_GrTK[:, :, start:stop].reshape(x_GrTK.shape[0], -1, x_GrTK.shape[3])
+def _rows(x_BGrTK: Tensor, start: int, stop: int) -> Tensor:
+    """The block's rows of all r heads, one under the other: [B*G, r*n, K]; in place where r is 1."""
+    return x_BGrTK[:, :, :, start:stop].reshape(-1, x_BGrTK.shape[2] * (stop - start), x_BGrTK.shape[4])
 
 
 def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
@@ -111,10 +115,9 @@ def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return out.baddbmm_(a, b, beta=0, alpha=factor)
 
 
-def _write(out_GrTK: Tensor, start: int, stop: int, a: Tensor, b: Tensor, factor: float) -> None:
-    """factor a b into the block's rows of all r heads."""
-    rows = out_GrTK[:, :, start:stop]
-    if rows.shape[1] == 1:
-        rows[:, 0].baddbmm_(a, b, beta=0, alpha=factor)
-    else:
-        rows.copy_(_multiply(a, b, factor).view(rows.shape))
+def _add(total: Tensor | None, part_PtK: Tensor) -> Tensor:
+    """The sum, in the memory of the first part, which must be the longest."""
+    if total is None:
+        return part_PtK
+    total[:, : part_PtK.shape[1]].add_(part_PtK)
+    return total
