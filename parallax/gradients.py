@@ -57,8 +57,10 @@ class GradSink:
         while kept:
             self._run(*kept.pop())
 
-    @torch.no_grad()  # W runs outside of autograd's backward
     def _run(self, parameter: nn.Parameter, accumulate: Accumulate) -> None:
+        if torch.is_grad_enabled():  # W runs outside of autograd's backward
+            with torch.no_grad():
+                return self._run(parameter, accumulate)
         assert self.buffer_of is not None, "nobody has said where gradients go"
         accumulate(self.buffer_of(parameter))
         if self.on_accumulated is not None:

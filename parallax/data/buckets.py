@@ -153,6 +153,7 @@ class FlatBuffers(FlatLayout):
         self._kept_from = 0 if self.level < 2 else (late.start if late else self.stop)
         self._grads = zeros(self.end - self._kept_from)
         self._grad_shards = zeros(self.own_size if self.level >= 2 else 0)
+        self._grad_views: dict[Placed, Tensor] = {}
         self._lent: dict[Bucket, Tensor] = {}
         self._fresh: set[Placed] = set()  # no gradient yet in this step: the memory holds the last one's
         self.grad_scale = 1.0
@@ -207,7 +208,9 @@ class FlatBuffers(FlatLayout):
 
     def _memory(self, placed: Placed) -> Tensor:
         if placed.start >= self._kept_from:
-            return placed.of(self._grads, self._kept_from)
+            if placed not in self._grad_views:
+                self._grad_views[placed] = placed.of(self._grads, self._kept_from)
+            return self._grad_views[placed]
         bucket = self._bucket_of[placed]
         if bucket not in self._lent:
             self._lent[bucket] = torch.zeros(bucket.stop - bucket.start, dtype=self.grad_dtype, device=self.device)
