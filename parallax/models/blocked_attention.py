@@ -38,7 +38,8 @@ def blocked_attention(qkv_BTJK: Tensor, heads: int) -> Tensor:
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    """Queries [start, stop), the last block first: it meets all keys, and later ones fit into memory that it left."""
+    return [(start, min(start + BLOCK, length)) for start in reversed(range(0, length, BLOCK))]
 
 
 def _parts(qkv_BTJK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +90,7 @@ class _Blocked(torch.autograd.Function):
         g_BGrTK = wide_of(_grouped(grad, groups).contiguous())
         sum_k: Tensor | None = None
         sum_v: Tensor | None = None
-        # From the last block, which meets all keys: the others are added to what it begins.
-        for (start, stop), kept_p in reversed(list(zip(_blocks(length), kept, strict=True))):
+        for (start, stop), kept_p in zip(_blocks(length), kept, strict=True):
             p, g = wide_of(kept_p), _rows(g_BGrTK, start, stop)
             sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g))
             dp = torch.bmm(g, v_PTK[:, :stop].transpose(1, 2))
