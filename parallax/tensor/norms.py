@@ -45,7 +45,7 @@ def _rms_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tens
 
 
 def _rms_weight_grad(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-    return (wide_of(grad) * (wide_of(x) * rstd)).sum(0)
+    return (wide_of(grad) * (wide_of(x) * rstd)).reshape(-1, x.shape[-1]).sum(0)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -109,7 +109,8 @@ def wide_of(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * weight over the last dim (arXiv:1910.07467). [n, D] -> [n, D]; weight [D], replicated on tensor.
+    """y = x / rms(x) * weight over the last dim (arXiv:1910.07467). [..., D] -> [..., D]; weight [D], replicated
+    on tensor.
 
     Collectives: none; with sequence_parallel the weight gradient is a partial sum over tensor. compiled: its arithmetic
     goes through torch.compile.
@@ -135,12 +136,12 @@ class RMSNorm(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), for_autograd(self.weight, self.sink, x), self)
-        return y.view(x.shape)
+        return _RMSNorm.apply(x, for_autograd(self.weight, self.sink, x), self)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * weight + bias over the last dim. [n, D] -> [n, D]; weight and bias [D], replicated on tensor.
+    """(x - mean) / std * weight + bias over the last dim. [..., D] -> [..., D]; weight and bias [D], replicated on
+    tensor.
 
     Collectives: none; with sequence_parallel the gradients of weight and bias are partial sums over tensor.
     """
@@ -169,8 +170,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         known = (for_autograd(parameter, self.sink, x) for parameter in (self.weight, self.bias))
-        y = _LayerNorm.apply(x.reshape(-1, x.shape[-1]), *known, self)
-        return y.view(x.shape)
+        return _LayerNorm.apply(x, *known, self)
 
 
 def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float) -> Tensor:
