@@ -96,10 +96,10 @@ class _Blocked(torch.autograd.Function):
             dp = torch.bmm(g, v_PTK[:, :stop].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             rows = dq[:, :, :, start:stop]
-            torch.mul(torch.bmm(ds, k_PTK[:, :stop]).view(rows.shape), ctx.scale, out=rows)
-            sum_k = _add(sum_k, torch.bmm(ds.transpose(1, 2), _rows(q, start, stop)))
+            rows.copy_(_multiply(ds, k_PTK[:, :stop], ctx.scale).view(rows.shape))
+            sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), _rows(q, start, stop), ctx.scale))
         assert sum_k is not None and sum_v is not None
-        torch.mul(sum_k.view(dk.shape), ctx.scale, out=dk)
+        dk.copy_(sum_k.view(dk.shape))
         dv.copy_(sum_v.view(dv.shape))
         return result, None
 
