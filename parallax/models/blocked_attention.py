@@ -63,18 +63,17 @@ class _Blocked(torch.autograd.Function):
         copies = [part.contiguous() for part in _parts(qkv, heads)]
         q, k, v = map(wide_of, copies)
         k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
-        repeat = q.shape[2]
         future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
         out = qkv.new_empty(*qkv.shape[:2], heads, width)
-        out_BGrTK = _grouped(out, k.shape[1])
+        places = _cut(_grouped(out, k.shape[1]))
         kept = []
-        for start, stop in _blocks(length):
+        for (start, stop), q_rows, place in zip(_blocks(length), _rows(q), places, strict=True):
             size = stop - start
-            scores = _multiply(_rows(q, start, stop), k_PTK[:, :stop].transpose(1, 2), ctx.scale)
-            scores.view(-1, repeat, size, stop)[..., start:].add_(future[:size, :size])
+            scores = _multiply(q_rows, k_PTK.narrow(1, 0, stop).transpose(1, 2), ctx.scale)
+            own = scores.view(-1, q.shape[2], size, stop).narrow(3, start, size)
+            own.add_(future if size == BLOCK else future[:size, :size])
             p = scores.softmax(-1)
-            rows = out_BGrTK[:, :, :, start:stop]
-            rows.copy_(torch.bmm(p, v_PTK[:, :stop]).view(rows.shape))
+            place.copy_(torch.bmm(p, v_PTK.narrow(1, 0, stop)).view_as(place))
             kept.append(p.to(qkv.dtype))
         ctx.save_for_backward(*copies, *kept)
         return out
@@ -87,26 +86,31 @@ class _Blocked(torch.autograd.Function):
         groups, length = k.shape[1:3]
         result = grad.new_empty(*grad.shape[:2], ctx.heads + 2 * groups, grad.shape[3])
         dq, dk, dv = _parts(result, ctx.heads)
-        g_BGrTK = wide_of(_grouped(grad, groups).contiguous())
+        g = wide_of(_grouped(grad, groups).contiguous())
         sum_k: Tensor | None = None
         sum_v: Tensor | None = None
-        for (start, stop), kept_p in zip(_blocks(length), kept, strict=True):
-            p, g = wide_of(kept_p), _rows(g_BGrTK, start, stop)
-            sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g))
-            dp = torch.bmm(g, v_PTK[:, :stop].transpose(1, 2))
+        rows = zip(_blocks(length), _rows(q), _rows(g), map(wide_of, kept), _cut(dq), strict=True)
+        for (_, stop), q_rows, g_rows, p, place in rows:
+            sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g_rows))
+            dp = torch.bmm(g_rows, v_PTK.narrow(1, 0, stop).transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            rows = dq[:, :, :, start:stop]
-            rows.copy_(_multiply(ds, k_PTK[:, :stop], ctx.scale).view(rows.shape))
-            sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), _rows(q, start, stop), ctx.scale))
+            place.copy_(_multiply(ds, k_PTK.narrow(1, 0, stop), ctx.scale).view_as(place))
+            sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, ctx.scale))
         assert sum_k is not None and sum_v is not None
         dk.copy_(sum_k.view(dk.shape))
         dv.copy_(sum_v.view(dv.shape))
         return result, None
 
 
-def _rows(x_BGrTK: Tensor, start: int, stop: int) -> Tensor:
-    """The block's rows of all r heads, one under the other: [B*G, r*n, K]; in place where r is 1."""
-    return x_BGrTK[:, :, :, start:stop].reshape(-1, x_BGrTK.shape[2] * (stop - start), x_BGrTK.shape[4])
+def _cut(x_BGrTK: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each block, the last block first, in place."""
+    return x_BGrTK.split(BLOCK, 3)[::-1]
+
+
+def _rows(x_BGrTK: Tensor) -> list[Tensor]:
+    """As `_cut`, those of all r heads one under the other: [B*G, r*n, K]; in place where r is 1."""
+    num_groups = x_BGrTK.shape[0] * x_BGrTK.shape[1]
+    return [part.reshape(num_groups, -1, part.shape[4]) for part in _cut(x_BGrTK)]
 
 
 def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
@@ -119,5 +123,5 @@ def _add(total: Tensor | None, part_PtK: Tensor) -> Tensor:
     """The sum, in the memory of the first part, which must be the longest."""
     if total is None:
         return part_PtK
-    total[:, : part_PtK.shape[1]].add_(part_PtK)
+    total.narrow(1, 0, part_PtK.shape[1]).add_(part_PtK)
     return total
