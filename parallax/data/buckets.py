@@ -173,6 +173,7 @@ class FlatBuffers(FlatLayout):
             self._touch(placed, view.zero_())
         return view
 
+    @torch.no_grad()
     def add_grad(self, placed: Placed, grad: Tensor) -> None:
         """Add what autograd has put into param.grad, times `grad_scale`, unless it is the buffer already."""
         view = self._memory(placed)
@@ -200,11 +201,11 @@ class FlatBuffers(FlatLayout):
         for placed in self.placed if self.level == 0 else ():
             if not self._shows:
                 placed.parameter.grad_dtype = self.grad_dtype
-            placed.parameter.grad = self._memory(placed)
+            placed.parameter.grad = self._memory(placed).detach()  # an alias: its owner may give it other memory
 
     def _touch(self, placed: Placed, view: Tensor) -> None:
         self._fresh.discard(placed)
-        placed.parameter.grad = view if self._shows else None
+        placed.parameter.grad = view.detach() if self._shows else None
 
     def _memory(self, placed: Placed) -> Tensor:
         if placed.start >= self._kept_from:

@@ -4,22 +4,27 @@ torch's fused kernel computes the probabilities again in the backward, and its p
 For up to 512 tokens the probabilities are small enough to keep: half of T x T a head, beside the 2 K T of its keys and
 values. Blocks of queries leave out what lies in their future. Longer sequences, other dtypes and GPUs have the kernel.
 
-Heads are copied side by side first: the heads of all samples are then one batch of a product, in memory of its own. A
+Heads are copied side by side first: those of a few samples are then one batch of a product, in memory of its own. A
 product into strided memory torch does matrix by matrix. In bfloat16 the numbers between are float32; what is kept is
 bfloat16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallax.models.costs import BLOCK, keeps_probabilities
 from parallax.tensor.norms import wide_of
 
 __all__ = ["blocked_attention", "suits"]
+
+AT_ONCE = 1 << 18
+"""Probabilities of a block, over all heads and samples that are worked on together."""
 
 
 def suits(qkv_BTJK: Tensor) -> bool:
@@ -54,52 +59,71 @@ def _grouped(x_BTHK: Tensor, groups: int) -> Tensor:
 
 
 class _Blocked(torch.autograd.Function):
-    """B*G problems: r = H/G query heads of n queries each share their keys: one product serves them all."""
+    """As many samples at a time as fit into the cache."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-        length, width = qkv.shape[1], qkv.shape[3]
-        ctx.heads, ctx.scale = heads, width**-0.5
-        copies = [part.contiguous() for part in _parts(qkv, heads)]
-        q, k, v = map(wide_of, copies)
-        k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
-        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
-        out = qkv.new_empty(*qkv.shape[:2], heads, width)
-        places = _cut(_grouped(out, k.shape[1]))
+        ctx.heads = heads
+        ctx.at_once = max(1, AT_ONCE // (heads * BLOCK * qkv.shape[1]))
+        out = qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
         kept = []
-        for (start, stop), q_rows, place in zip(_blocks(length), _rows(q), places, strict=True):
-            size = stop - start
-            scores = _multiply(q_rows, k_PTK.narrow(1, 0, stop).transpose(1, 2), ctx.scale)
-            own = scores.view(-1, q.shape[2], size, stop).narrow(3, start, size)
-            own.add_(future if size == BLOCK else future[:size, :size])
-            p = scores.softmax(-1)
-            place.copy_(torch.bmm(p, v_PTK.narrow(1, 0, stop)).view_as(place))
-            kept.append(p.to(qkv.dtype))
-        ctx.save_for_backward(*copies, *kept)
+        for part, out_part in zip(qkv.split(ctx.at_once), out.split(ctx.at_once), strict=True):
+            kept += _attend(part, heads, out_part)
+        ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        copies, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        q, k, v = map(wide_of, copies)
-        k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
-        groups, length = k.shape[1:3]
-        result = grad.new_empty(*grad.shape[:2], ctx.heads + 2 * groups, grad.shape[3])
-        dq, dk, dv = _parts(result, ctx.heads)
-        g = wide_of(_grouped(grad, groups).contiguous())
-        sum_k: Tensor | None = None
-        sum_v: Tensor | None = None
-        rows = zip(_blocks(length), _rows(q), _rows(g), map(wide_of, kept), _cut(dq), strict=True)
-        for (_, stop), q_rows, g_rows, p, place in rows:
-            sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g_rows))
-            dp = torch.bmm(g_rows, v_PTK.narrow(1, 0, stop).transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            place.copy_(_multiply(ds, k_PTK.narrow(1, 0, stop), ctx.scale).view_as(place))
-            sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, ctx.scale))
-        assert sum_k is not None and sum_v is not None
-        dk.copy_(sum_k.view(dk.shape))
-        dv.copy_(sum_v.view(dv.shape))
+        kept = ctx.saved_tensors  # asked for once: a hook may compute them
+        each = 3 + len(_blocks(grad.shape[1]))
+        result = grad.new_empty(*grad.shape[:2], ctx.heads + 2 * kept[1].shape[1], grad.shape[3])
+        parts = zip(grad.split(ctx.at_once), result.split(ctx.at_once), strict=True)
+        for index, (grad_part, result_part) in enumerate(parts):
+            _gradient(kept[index * each : (index + 1) * each], grad_part, ctx.heads, result_part)
         return result, None
+
+
+def _attend(qkv: Tensor, heads: int, out: Tensor) -> list[Tensor]:
+    """Attention of some samples, into `out`: B*G problems, in which r = H/G query heads of n queries each share their
+    keys, so that one product serves them all. Returns what the backward needs.
+    """
+    length, scale = qkv.shape[1], qkv.shape[3] ** -0.5
+    copies = [part.contiguous() for part in _parts(qkv, heads)]
+    q, k, v = map(wide_of, copies)
+    k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
+    future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
+    kept = []
+    for (start, stop), q_rows, place in zip(_blocks(length), _rows(q), _cut(_grouped(out, k.shape[1])), strict=True):
+        size = stop - start
+        scores = _multiply(q_rows, k_PTK.narrow(1, 0, stop).transpose(1, 2), scale)
+        own = scores.view(-1, q.shape[2], size, stop).narrow(3, start, size)
+        own.add_(future if size == BLOCK else future[:size, :size])
+        p = scores.softmax(-1)
+        place.copy_(torch.bmm(p, v_PTK.narrow(1, 0, stop)).view_as(place))
+        kept.append(p.to(qkv.dtype))
+    return copies + kept
+
+
+def _gradient(kept: Sequence[Tensor], grad: Tensor, heads: int, result: Tensor) -> None:
+    """The gradient by the samples' queries, keys and values, into `result`."""
+    q, k, v = map(wide_of, kept[:3])
+    k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
+    scale = k.shape[3] ** -0.5
+    dq, dk, dv = _parts(result, heads)
+    g = wide_of(_grouped(grad, k.shape[1]).contiguous())
+    sum_k: Tensor | None = None
+    sum_v: Tensor | None = None
+    rows = zip(_blocks(k.shape[2]), _rows(q), _rows(g), map(wide_of, kept[3:]), _cut(dq), strict=True)
+    for (_, stop), q_rows, g_rows, p, place in rows:
+        sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g_rows))
+        dp = torch.bmm(g_rows, v_PTK.narrow(1, 0, stop).transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        place.copy_(_multiply(ds, k_PTK.narrow(1, 0, stop), scale).view_as(place))
+        sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, scale))
+    assert sum_k is not None and sum_v is not None
+    dk.copy_(sum_k.view(dk.shape))
+    dv.copy_(sum_v.view(dv.shape))
 
 
 def _cut(x_BGrTK: Tensor) -> tuple[Tensor, ...]:
@@ -107,10 +131,10 @@ def _cut(x_BGrTK: Tensor) -> tuple[Tensor, ...]:
     return x_BGrTK.split(BLOCK, 3)[::-1]
 
 
-def _rows(x_BGrTK: Tensor) -> list[Tensor]:
+def _rows(x_BGrTK: Tensor) -> Iterator[Tensor]:
     """As `_cut`, those of all r heads one under the other: [B*G, r*n, K]; in place where r is 1."""
     num_groups = x_BGrTK.shape[0] * x_BGrTK.shape[1]
-    return [part.reshape(num_groups, -1, part.shape[4]) for part in _cut(x_BGrTK)]
+    return (part.reshape(num_groups, -1, part.shape[4]) for part in _cut(x_BGrTK))
 
 
 def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:

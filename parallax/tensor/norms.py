@@ -136,7 +136,7 @@ class RMSNorm(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, for_autograd(self.weight, self.sink, x), self)
+        return _RMSNorm.apply(x.contiguous(), for_autograd(self.weight, self.sink, x), self)
 
 
 class LayerNorm(nn.Module):
@@ -170,7 +170,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         known = (for_autograd(parameter, self.sink, x) for parameter in (self.weight, self.bias))
-        return _LayerNorm.apply(x, *known, self)
+        return _LayerNorm.apply(x.contiguous(), *known, self)
 
 
 def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float) -> Tensor:

@@ -41,6 +41,14 @@ def test_parts_are_the_bits_of_the_whole(dtype: torch.dtype):
     assert torch.equal(y, whole) and x.grad is not None and torch.equal(x.grad, grad * slope)
 
 
+def test_a_second_derivative_is_refused():
+    """The derivative is kept as a number: nothing could tell where it came from."""
+    x = torch.randn(5, requires_grad=True)
+    (first,) = torch.autograd.grad(gelu(x * x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_large_stays_finite(dtype: torch.dtype):
     x = torch.tensor([1e4, -1e4, 1e18, -1e18], dtype=dtype, requires_grad=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parallax.models import blocked_attention as blocks
 from parallax.models import costs
 from parallax.models.attention import apply_rotary, rotary_table
 from parallax.models.blocked_attention import blocked_attention, suits
@@ -28,6 +29,30 @@ def test_it_is_attention(heads: int, groups: int, length: int):
     wanted.backward(grad)
     for found, right in ((y, wanted), (mine.grad, theirs.grad)):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_samples_together_or_some_after_others(monkeypatch: pytest.MonkeyPatch, samples: int):
+    """Five at a time, against one, two (and then one), four (and then one)."""
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(5, 80, 10, 8, generator=generator, requires_grad=True)
+    grad = torch.randn(5, 80, 6, 8, generator=generator)
+    found = []
+    for together in (5, samples):
+        monkeypatch.setattr(blocks, "AT_ONCE", together * 6 * costs.BLOCK * 80)
+        fused.grad = None
+        y = blocked_attention(fused, 6)
+        y.backward(grad)
+        found.append((y, fused.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(1, 70, 6, 4, requires_grad=True)
+    (first,) = torch.autograd.grad(blocked_attention(x * x, 2).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_rotary_positions_are_a_rotation_by_complex_numbers():

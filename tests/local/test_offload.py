@@ -11,8 +11,14 @@ from torch import nn
 from parallax.models import offload
 from tests.cases import GPT2, TIED, advance, gather_parameters, start
 
+BLOCKED = {"model.dropout": 0.0, "corpus.sequence_length": 96}
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": "full"}, {"recompute": "selective"}], ids=str)
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recompute": "full"}, {"recompute": "selective"}, BLOCKED, BLOCKED | {"recompute": "full"}],
+    ids=str,
+)
 def test_it_changes_no_bit(monkeypatch, changes: dict[str, Any]):
     packed: list[int] = []
     honest = offload.pack
@@ -28,7 +34,7 @@ def test_it_changes_no_bit(monkeypatch, changes: dict[str, Any]):
     found = []
     for wish in ("false", "true"):
         packed.clear()
-        run, state = start("1x1x1", **GPT2 | TIED | changes | {"model.dropout": 0.1, "offload_activations": wish})
+        run, state = start("1x1x1", **GPT2 | TIED | {"model.dropout": 0.1} | changes | {"offload_activations": wish})
         rows = advance(run, state, 2)
         found.append((rows, gather_parameters(run, state)))
         assert bool(packed) == (wish == "true")

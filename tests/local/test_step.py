@@ -210,11 +210,15 @@ def test_the_predicted_activations_are_what_autograd_keeps(variant: str, recompu
     assert loss.requires_grad
 
 
-@pytest.mark.parametrize("variant", ["gpt2-tied-dropout", "llama"])
-def test_recomputation_changes_no_bit(variant: str):
+@pytest.mark.parametrize(
+    ("variant", "length"), [("gpt2-tied-dropout", 24), ("llama", 24), ("gpt2-tied", 96), ("llama", 96)]
+)
+def test_recomputation_changes_no_bit(variant: str, length: int):
+    """24 tokens have torch's attention, 96 attention in blocks."""
+    changes = VARIANTS[variant] | {"dtype": "float32", "corpus.sequence_length": length}
     found = {}
     for mode in ("none", "selective", "full", "every-3"):
-        run, state = start("1x1x1", **VARIANTS[variant] | {"dtype": "float32", "recompute": mode})
+        run, state = start("1x1x1", **changes | {"recompute": mode})
         calls: list[str] = []
         for layer in run.stages[0].layers.values():
             layer.mlp.register_forward_pre_hook(lambda module, args, calls=calls: calls.append("forward"))

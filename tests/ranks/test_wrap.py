@@ -177,6 +177,32 @@ def second_backward() -> str:
     return ""
 
 
+@pytest.mark.parametrize("how", ["memory of its own", "create_graph"])
+def test_what_is_done_to_a_gradient_once_changes_no_later_step(how: str):
+    """Between backward and step a script may give `param.grad` other memory, or ask for a graph of the gradient."""
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 11)).double()
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+        if wrapped:
+            model = parallax.data_parallel(model, init_mesh("1x1x1", device_type="cpu"))
+            optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+        losses = []
+        for step in range(5):
+            x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            loss = model(x).square().mean()
+            loss.backward(create_graph=how == "create_graph" and step == 2)
+            if how == "memory of its own" and step == 1:
+                for parameter in model.parameters():
+                    parameter.grad.data = parameter.grad.data.clamp(-10, 10)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+
+
 def test_a_second_backward_without_accumulate_is_an_error(ranks):
     assert all("with model.accumulate()" in text for text in ranks(2, second_backward))
 
