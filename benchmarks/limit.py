@@ -47,6 +47,8 @@ def linear_products(shape: tuple[int, int, int]) -> Callable[[], object]:
 
 def attention_products(heads: int) -> Callable[[], object]:
     """The batched products of one sample: scores and values, and the four of the backward, block by block."""
+    from parallax.tensor.products import by_faster_library
+
     length, width = SHAPE["length"], SHAPE["hidden"] // SHAPE["heads"]
     q, k, p = torch.randn(heads, BLOCK, width), torch.randn(heads, length, width), torch.randn(heads, BLOCK, length)
     # On average a block meets half of its own keys and all before it.
@@ -54,11 +56,12 @@ def attention_products(heads: int) -> Callable[[], object]:
     blocks = [(k[:, :span], p[:, :, :span].contiguous()) for span in spans]
 
     def once() -> None:
-        for keys, probabilities in blocks:
-            for _ in range(2):
-                torch.bmm(q, keys.transpose(1, 2))
-                torch.bmm(probabilities, keys)
-                torch.bmm(probabilities.transpose(1, 2), q)
+        with by_faster_library(q):
+            for keys, probabilities in blocks:
+                for _ in range(2):
+                    torch.bmm(q, keys.transpose(1, 2))
+                    torch.bmm(probabilities, keys)
+                    torch.bmm(probabilities.transpose(1, 2), q)
 
     return once
 

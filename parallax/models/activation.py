@@ -26,11 +26,15 @@ CHUNK = 1 << 17
 """Elements worked on at once: what is made on the way stays in the cache."""
 
 
-def gelu(x: Tensor, compiled: bool = False) -> Tensor:
-    """gelu(x, approximate="tanh") (arXiv:1606.08415, section 2), of any shape. In bfloat16 computed in float32."""
-    if x.device.type != "cpu" and not compiled:
+def gelu(x: Tensor, compiled: bool = False, overwrite: bool = False) -> Tensor:
+    """gelu(x, approximate="tanh") (arXiv:1606.08415, section 2), of any shape. In bfloat16 computed in float32.
+
+    overwrite: nobody else has or needs x, and on a CPU the result may take its memory: it is in the cache, where memory
+    that is asked for is not.
+    """
+    if not x.is_cpu and not compiled:
         return F.gelu(x, approximate="tanh")
-    return _Gelu.apply(x, compiled)
+    return _Gelu.apply(x, compiled, overwrite)
 
 
 def swiglu(x: Tensor, compiled: bool = False) -> Tensor:
@@ -39,7 +43,7 @@ def swiglu(x: Tensor, compiled: bool = False) -> Tensor:
 
 
 def _gelu_and_slope(x: Tensor, y: Tensor | None = None, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """gelu(x) and its derivative, both of x's dtype; in `y` and `slope` where these are given."""
+    """gelu(x) and its derivative, both of x's dtype; in `y`, which may be x, and `slope` where these are given."""
     wide = wide_of(x)
     if wide is not x and y is not None and slope is not None:
         for out, made in zip((y, slope), _gelu_and_slope(wide), strict=True):
@@ -47,16 +51,15 @@ def _gelu_and_slope(x: Tensor, y: Tensor | None = None, slope: Tensor | None = N
         return y, slope
     two_c = torch.full((), TWO_C, dtype=wide.dtype, device=x.device)
     s = torch.addcmul(two_c, wide, wide, value=TWO_C * A).mul_(wide).sigmoid_()
+    slope = torch.addcmul(two_c, wide, wide, value=TWO_C * A * 3, out=slope)
     y = torch.mul(s, wide, out=y)
     rest = torch.addcmul(y, y, s, value=-1)  # x s (1 - s), which the derivative of 2u comes to
-    slope = torch.addcmul(two_c, wide, wide, value=TWO_C * A * 3, out=slope)
     return y.to(x.dtype), torch.addcmul(s, rest, slope, out=slope).to(x.dtype)
 
 
-def _in_chunks(x: Tensor) -> tuple[Tensor, Tensor]:
+def _in_chunks(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
     """As `_gelu_and_slope`, a part after the other."""
-    x = x.contiguous()
-    whole = x, torch.empty_like(x), torch.empty_like(x)
+    whole = x, x if overwrite else torch.empty_like(x), torch.empty_like(x)
     for parts in zip(*(each.view(-1).split(CHUNK) for each in whole), strict=True):
         _gelu_and_slope(*parts)
     return whole[1:]
@@ -64,16 +67,18 @@ def _in_chunks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compiled: bool) -> Tensor:
-        y, slope = pick(_gelu_and_slope, True)(x) if compiled else _in_chunks(x)
+    def forward(ctx: Any, x: Tensor, compiled: bool, overwrite: bool) -> Tensor:
+        y, slope = pick(_gelu_and_slope, True)(x) if compiled else _in_chunks(x.contiguous(), overwrite)
+        if y is x:
+            ctx.mark_dirty(x)
         ctx.save_for_backward(slope)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return grad * slope, None
+        return grad * slope, None, None
 
 
 def _swiglu_forward(x: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from parallax.models.costs import BLOCK, keeps_probabilities
 from parallax.tensor.norms import wide_of
+from parallax.tensor.products import by_faster_library
 
 __all__ = ["blocked_attention", "suits"]
 
-AT_ONCE = 1 << 18
+AT_ONCE = 1 << 19
 """Probabilities of a block, over all heads and samples that are worked on together."""
 
 
@@ -94,14 +95,16 @@ def _attend(qkv: Tensor, heads: int, out: Tensor) -> list[Tensor]:
     k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
     future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu_(1)
     kept = []
-    for (start, stop), q_rows, place in zip(_blocks(length), _rows(q), _cut(_grouped(out, k.shape[1])), strict=True):
-        size = stop - start
-        scores = _multiply(q_rows, k_PTK.narrow(1, 0, stop).transpose(1, 2), scale)
-        own = scores.view(-1, q.shape[2], size, stop).narrow(3, start, size)
-        own.add_(future if size == BLOCK else future[:size, :size])
-        p = scores.softmax(-1)
-        place.copy_(torch.bmm(p, v_PTK.narrow(1, 0, stop)).view_as(place))
-        kept.append(p.to(qkv.dtype))
+    rows = zip(_blocks(length), _rows(q), _cut(_grouped(out, k.shape[1])), strict=True)
+    with by_faster_library(q):
+        for (start, stop), q_rows, place in rows:
+            size = stop - start
+            scores = _multiply(q_rows, k_PTK.narrow(1, 0, stop).transpose(1, 2), scale)
+            own = scores.view(-1, q.shape[2], size, stop).narrow(3, start, size)
+            own.add_(future if size == BLOCK else future[:size, :size])
+            p = torch.softmax(scores, -1, out=scores)
+            place.copy_(torch.bmm(p, v_PTK.narrow(1, 0, stop)).view_as(place))
+            kept.append(p.to(qkv.dtype))
     return copies + kept
 
 
@@ -115,12 +118,13 @@ def _gradient(kept: Sequence[Tensor], grad: Tensor, heads: int, result: Tensor) 
     sum_k: Tensor | None = None
     sum_v: Tensor | None = None
     rows = zip(_blocks(k.shape[2]), _rows(q), _rows(g), map(wide_of, kept[3:]), _cut(dq), strict=True)
-    for (_, stop), q_rows, g_rows, p, place in rows:
-        sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g_rows))
-        dp = torch.bmm(g_rows, v_PTK.narrow(1, 0, stop).transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        place.copy_(_multiply(ds, k_PTK.narrow(1, 0, stop), scale).view_as(place))
-        sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, scale))
+    with by_faster_library(q):
+        for (_, stop), q_rows, g_rows, p, place in rows:
+            sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g_rows))
+            dp = torch.bmm(g_rows, v_PTK.narrow(1, 0, stop).transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            place.copy_(_multiply(ds, k_PTK.narrow(1, 0, stop), scale).view_as(place))
+            sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, scale))
     assert sum_k is not None and sum_v is not None
     dk.copy_(sum_k.view(dk.shape))
     dv.copy_(sum_v.view(dv.shape))

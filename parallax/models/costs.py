@@ -9,7 +9,7 @@ __all__ = ["fuses_loss", "keeps_probabilities", "recomputes_layer", "unit_activa
 
 FUSE_ABOVE = 1 << 24
 """Logits of a microbatch on a rank above which they are not held: 64 MB in float32."""
-LONGEST, BLOCK = 512, 64
+SHORTEST, LONGEST, BLOCK = 65, 512, 128
 """Of sequences whose attention is written out on a CPU, in blocks of queries (models/blocked_attention.py)."""
 
 
@@ -18,7 +18,13 @@ def keeps_probabilities(length: int, on_cpu: bool, dtype: str) -> bool:
     computed in float32, but where the processor multiplies bfloat16 in tiles (AMX): there torch's kernel does it so.
     """
     suits = dtype in ("float32", "float64") or dtype == "bfloat16" and "amx_bf16" not in processor().flags
-    return on_cpu and suits and BLOCK < length <= LONGEST
+    return on_cpu and suits and SHORTEST <= length <= LONGEST
+
+
+def _kept_probabilities(length: int) -> float:
+    """A query's and head's, on average: a block's queries keep one for each key up to the end of their block."""
+    blocks, rest = divmod(length, BLOCK)
+    return (BLOCK * BLOCK * blocks * (blocks + 1) / 2 + rest * length) / length
 
 
 def fuses_loss(num_tokens: int, width: float) -> bool:
@@ -76,7 +82,7 @@ def unit_activations(
     hidden, head_dim = config.hidden, config.head_size
     width, kv_width = config.heads * head_dim, config.num_kv_heads * head_dim
     norm_inputs = 2 * hidden / (tensor if sequence_parallel else 1)
-    statistics = config.heads * (1 if not kept_length else (kept_length + BLOCK) / 2)
+    statistics = config.heads * (_kept_probabilities(kept_length) if kept_length else 1)
     cut = 2 * width + 2 * kv_width + statistics + (3 if config.activation == "swiglu" else 2) * config.ffn_size
     if config.qk_norm:
         cut += width + kv_width

@@ -33,6 +33,7 @@ from parallax.tensor.layers import (
     Piece,
     RowParallelLinear,
     VocabParallelEmbedding,
+    shown_to_others,
     vocab_layout,
     vocab_range,
 )
@@ -155,7 +156,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        return self.down(swiglu(h, self.compiled) if self.gated else gelu(h, self.compiled))
+        if self.gated:
+            return self.down(swiglu(h, self.compiled))
+        return self.down(gelu(h, self.compiled, overwrite=not shown_to_others(self.up)))
 
 
 class Layer(nn.Module):

@@ -70,11 +70,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for at in range(0, x_ND.shape[0], step):
             rows = slice(at, at + step)
             logits = linear(x_ND[rows], weight, None)
-            chunk = CrossEntropy(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index, scale)
+            out = logits if trains else None
+            chunk = CrossEntropy(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index, scale, out)
             loss += chunk.loss
             if grad_x is None or grad_weight is None:
                 continue
-            grad = chunk.gradient(out=logits)
+            grad = chunk.gradient()
             grad_x[rows] = input_grad(grad, weight)
             accumulate_weight_grad(grad, x_ND[rows], grad_weight)
         ctx.layer = layer

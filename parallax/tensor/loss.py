@@ -40,7 +40,11 @@ def vocab_parallel_cross_entropy(
 
 
 class CrossEntropy:
-    """The loss of [N, v] logits, and what its gradient takes: see `vocab_parallel_cross_entropy`."""
+    """The loss of [N, v] logits, and what its gradient takes: see `vocab_parallel_cross_entropy`.
+
+    out: [N, v], where the gradient will go, which may be the logits themselves; None where there will be none. Until
+    then it holds the exponentials, if it is wide enough for them: they are not taken twice.
+    """
 
     def __init__(
         self,
@@ -50,24 +54,59 @@ class CrossEntropy:
         vocab_range: tuple[int, int],
         ignore_index: int,
         scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> None:
         start, stop = vocab_range
-        self.logits, self.size = logits, stop - start
+        self.logits, self.size, self.out = logits, stop - start, out
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.holds_exponentials = out is not None and out.dtype == wide
         self.valid = targets_N != ignore_index
         local = targets_N - start
         self.mine = self.valid & (local >= 0) & (local < stop - start)
         self.local = local.masked_fill(~self.mine, 0)
         self.chunks = _chunks(*logits.shape)
-        maximum_N, log_sum_N, target_N = _statistics(logits, self.local, self.mine, tensor, self.size, self.chunks)
-        self.normaliser_N = maximum_N + log_sum_N
-        self.factor_N = self.valid.to(self.normaliser_N.dtype).mul_(scale)
-        self.loss = (self.normaliser_N - target_N).masked_fill_(~self.valid, 0).double().sum() * scale
+        own_3N = self._own_statistics(wide)
+        every = all_gather(own_3N[None], tensor)  # [tensor, 3, N]
+        maximum_N = every[:, 0].amax(0)
+        sum_N = (every[:, 1] * (every[:, 0] - maximum_N).exp_()).sum(0)
+        self.own_maximum_N, self.normaliser_N = own_3N[0], maximum_N + sum_N.log_()
+        self.factor_N = self.valid.to(wide).mul_(scale)
+        self.loss = (self.normaliser_N - every[:, 2].sum(0)).masked_fill_(~self.valid, 0).double().sum() * scale
 
-    def gradient(self, out: Tensor) -> Tensor:
-        """The loss' gradient by the logits, written to `out`, which may be the logits themselves."""
+    def _own_statistics(self, wide: torch.dtype) -> Tensor:
+        """Of each token, over this rank's columns: maximum, sum of exp(logit - maximum), the target's logit or 0."""
+        own = torch.zeros(3, self.logits.shape[0], dtype=wide, device=self.logits.device)
+        own[0] = -torch.inf
+        if not self.size:
+            return own
         for rows in self.chunks:
-            _gradient(self.logits, out, rows, self.normaliser_N, self.local, self.mine, self.factor_N, self.size)
-        return out
+            chunk = self.logits[rows, : self.size].to(wide)
+            maximum = chunk.amax(-1)
+            own[0, rows] = maximum
+            own[2, rows] = chunk.gather(-1, self.local[rows, None]).squeeze(-1)
+            place = self.out[rows, : self.size] if self.out is not None and self.holds_exponentials else None
+            own[1, rows] = torch.sub(chunk, maximum[:, None], out=place).exp_().sum(-1)
+        own[2].masked_fill_(~self.mine, 0)
+        return own
+
+    def gradient(self) -> Tensor:
+        """The loss' gradient by the logits, in `out`: factor (softmax - one-hot), zero for ignored tokens and padded
+        columns. Once.
+        """
+        assert self.out is not None, "nobody has said where the gradient goes"
+        for rows in self.chunks:
+            place, factor_n = self.out[rows, : self.size], self.factor_N[rows]
+            if self.holds_exponentials:
+                chunk = place.mul_(((self.own_maximum_N - self.normaliser_N)[rows].exp_() * factor_n)[:, None])
+            else:
+                wide = self.logits[rows, : self.size].to(factor_n.dtype)
+                chunk = torch.sub(wide, self.normaliser_N[rows, None]).exp_().mul_(factor_n[:, None])
+            if self.size:
+                chunk.scatter_add_(-1, self.local[rows, None], (factor_n * self.mine[rows]).neg_()[:, None])
+            if chunk is not place:
+                place.copy_(chunk)
+            self.out[rows, self.size :] = 0
+        return self.out
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -82,8 +121,9 @@ class _CrossEntropy(torch.autograd.Function):
         overwrite: bool,
         scale: float,
     ) -> Tensor:
-        found = CrossEntropy(logits, targets_N, tensor, vocab_range, ignore_index, scale)
-        ctx.save_for_backward(found.gradient(logits if overwrite else torch.empty_like(logits)))
+        out = logits if overwrite else torch.empty_like(logits)
+        found = CrossEntropy(logits, targets_N, tensor, vocab_range, ignore_index, scale, out)
+        ctx.save_for_backward(found.gradient())
         return found.loss
 
     @staticmethod
@@ -95,44 +135,3 @@ class _CrossEntropy(torch.autograd.Function):
 def _chunks(num_tokens: int, width: int) -> list[slice]:
     step = max(1, CHUNK_ELEMENTS // max(1, width))
     return [slice(at, min(at + step, num_tokens)) for at in range(0, num_tokens, step)]
-
-
-def _statistics(
-    logits: Tensor, local: Tensor, mine: Tensor, tensor: Axis, size: int, chunks: list[slice]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token, over the whole vocabulary: the maximum, log of the sum of exp(logit - maximum), the target's logit."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    own = torch.zeros(3, logits.shape[0], dtype=dtype, device=logits.device)
-    own[0] = -torch.inf
-    if size:
-        for rows in chunks:
-            chunk = logits[rows, :size].to(dtype)
-            maximum = chunk.amax(-1)
-            own[0, rows] = maximum
-            own[2, rows] = chunk.gather(-1, local[rows, None]).squeeze(-1)
-            own[1, rows] = (chunk - maximum[:, None]).exp_().sum(-1)
-        own[2].masked_fill_(~mine, 0)
-    every = all_gather(own[None], tensor)  # [tensor, 3, N]
-    maximum = every[:, 0].amax(0)
-    total = (every[:, 1] * (every[:, 0] - maximum).exp_()).sum(0)
-    return maximum, total.log_(), every[:, 2].sum(0)
-
-
-def _gradient(
-    logits: Tensor,
-    grad: Tensor,
-    rows: slice,
-    normaliser_N: Tensor,
-    local: Tensor,
-    mine: Tensor,
-    factor_N: Tensor,
-    size: int,
-) -> None:
-    """grad[rows] = factor * (softmax - one-hot), zero for ignored tokens and padded columns. grad may be the logits."""
-    wide = logits[rows, :size].to(normaliser_N.dtype)
-    chunk = torch.sub(wide, normaliser_N[rows, None]).exp_()
-    if size:
-        chunk.scatter_add_(-1, local[rows, None], -mine[rows, None].to(chunk.dtype))
-    chunk.mul_(factor_N[rows, None])
-    grad[rows, :size] = chunk
-    grad[rows, size:] = 0

@@ -1,14 +1,16 @@
-"""The three products of a linear layer, in the layer's own precision, by the faster library.
+"""The products of a linear layer, in the layer's own precision, by the faster library.
 
-Note: float32 on a CPU. torch gives float32 products to MKL, which on processors that are not Intel's keeps to AVX2: 105
-to 115 GFLOP/s a core of an AMD EPYC (Zen 5), where oneDNN, which torch has too, comes to 210 to 255 with AVX-512. So
-there they go to oneDNN, through the operator that torch's compiler uses. Which one follows from the processor and the
-dtype alone: ranks of one kind of machine do the same, today and after a restart. bfloat16 goes to oneDNN everywhere.
+Note: float32 on a CPU. torch gives float32 products to MKL, which on processors that are not Intel's keeps to AVX2: 80
+to 115 GFLOP/s a core of an AMD EPYC (Zen 5), where oneDNN, which torch has too, comes to 130 to 258 with AVX-512. So
+there they go to oneDNN. Which one follows from the processor and the dtype alone: ranks of one kind of machine do the
+same, today and after a restart. bfloat16 goes to oneDNN everywhere.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +18,19 @@ from torch import Tensor, nn
 from parallax.processor import processor
 from parallax.tensor import float8
 
-__all__ = ["accumulate_weight_grad", "input_grad", "linear", "product"]
+__all__ = ["accumulate_bias_grad", "accumulate_weight_grad", "by_faster_library", "input_grad", "linear", "product"]
+
+MKLDNN: Any = torch.backends.mkldnn  # what it has is not declared
 
 
 def linear(x_ND: Tensor, weight: Tensor, bias: Tensor | None, eight_bits: bool = False) -> Tensor:
     """x W^T + b."""
-    if not eight_bits:
-        return _times_transposed(x_ND, weight, bias)
-    y = float8.linear(x_ND, weight)
-    return y if bias is None else y.add_(bias)
+    if eight_bits:
+        y = float8.linear(x_ND, weight)
+        return y if bias is None else y.add_(bias)
+    if suits_onednn(x_ND) and x_ND.numel():  # the operator of torch's compiler adds the bias on the way
+        return torch.ops.mkldnn._linear_pointwise(x_ND, weight, bias, "none", [], "")
+    return nn.functional.linear(x_ND, weight, bias)
 
 
 def input_grad(grad_NF: Tensor, weight: Tensor, eight_bits: bool = False) -> Tensor:
@@ -33,34 +39,79 @@ def input_grad(grad_NF: Tensor, weight: Tensor, eight_bits: bool = False) -> Ten
 
 
 def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, eight_bits: bool = False) -> None:
-    """out += g^T x, in the buffer itself where the dtypes and the library allow."""
+    """out += g^T x, in the buffer itself where the dtypes allow."""
     if eight_bits:
         float8.accumulate_weight_grad(grad_NF, x_ND, out_FD)
-    elif out_FD.dtype != grad_NF.dtype or suits_onednn(grad_NF):
+    elif out_FD.dtype != grad_NF.dtype:
         out_FD.add_(product(grad_NF.t(), x_ND))
     else:
-        out_FD.addmm_(grad_NF.t(), x_ND)
+        with by_faster_library(grad_NF):
+            out_FD.addmm_(grad_NF.t(), x_ND)
+
+
+def accumulate_bias_grad(grad_NF: Tensor, out_F: Tensor) -> None:
+    """out += the sum of the rows of g; on a CPU by a product with ones, in two thirds of the time of a sum."""
+    if grad_NF.is_cpu and out_F.dtype == grad_NF.dtype and grad_NF.dtype in (torch.float32, torch.float64):
+        out_F.addmv_(grad_NF.t(), grad_NF.new_ones(grad_NF.shape[0]))
+    else:
+        out_F.add_(grad_NF.sum(0))
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """a b, of two matrices."""
-    return _times_transposed(a_MK, b_KN.t(), None) if suits_onednn(a_MK) else a_MK @ b_KN
+    with by_faster_library(a_MK):
+        return a_MK @ b_KN
 
 
-def _times_transposed(a_MK: Tensor, b_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    if suits_onednn(a_MK):
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, bias_N, "none", [], "")
-    return nn.functional.linear(a_MK, b_NK, bias_N)
+def by_faster_library(x: Tensor) -> AbstractContextManager[Any]:
+    """While it is entered, torch's products of tensors of this one's kind (mm, bmm, addmm, baddbmm) go to the faster
+    library. Of use to no other operation, and set for the whole process: enter it for products alone.
+    """
+    return ONEDNN if suits_onednn(x) else NOTHING
 
 
 def suits_onednn(x: Tensor) -> bool:
-    """Whether products of this tensor go to oneDNN by the operator; an empty one has nothing to multiply."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster() and x.numel() > 0
+    """Whether products of this tensor go to oneDNN."""
+    return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling() and onednn_is_faster()
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512, and torch has the operator."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+    """Whether this is an AMD processor with AVX-512 and without tiles of bfloat16, and torch gives oneDNN products that
+    it computes in float32.
+    """
+    here = processor()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not MKLDNN.is_available():
         return False
-    return processor().vendor == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if here.vendor != "AuthenticAMD" or "amx_bf16" in here.flags or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return hasattr(MKLDNN, "matmul") and _keeps_every_bit()
+
+
+class _OneDNN:
+    """torch gives float32 products to oneDNN only where it may round their factors to bfloat16. oneDNN makes use of
+    that on processors with tiles of bfloat16 (AMX) alone, and computes in float32 on all others.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        self._before.append(MKLDNN.matmul.fp32_precision)
+        MKLDNN.matmul.fp32_precision = "bf16"
+
+    def __exit__(self, *_: object) -> None:
+        MKLDNN.matmul.fp32_precision = self._before.pop()
+
+
+ONEDNN, NOTHING = _OneDNN(), nullcontext()
+
+
+def _keeps_every_bit() -> bool:
+    """Whether what was said of oneDNN is true here: products with one are the factor itself, which is not so rounded
+    to bfloat16, nor to anything else below float32."""
+    one = torch.eye(64)
+    fine = 1 + torch.arange(64 * 64, dtype=torch.float32).view(64, 64) * 2.0**-23
+    with ONEDNN:
+        found = fine @ one, one @ fine, torch.bmm(fine[None], one[None])[0], torch.zeros(64, 64).addmm_(one.t(), fine)
+    return all(each.equal(fine) for each in found)

@@ -10,7 +10,8 @@ from parallax.compiled import require_compiler
 from parallax.errors import ConfigError
 from parallax.models import activation
 from parallax.models.activation import gelu, swiglu
-from tests.cases import VARIANTS, train, worst
+from parallax.models.transformer import MLP
+from tests.cases import VARIANTS, start, train, worst
 
 NEAR = {torch.float64: 5e-14, torch.float32: 3e-6, torch.bfloat16: 8e-3}  # torch itself is 3e-6 off in float32
 
@@ -39,6 +40,48 @@ def test_parts_are_the_bits_of_the_whole(dtype: torch.dtype):
     y.backward(grad)
     whole, slope = activation._gelu_and_slope(x.detach())
     assert torch.equal(y, whole) and x.grad is not None and torch.equal(x.grad, grad * slope)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_in_the_memory_of_its_input_it_is_the_same(dtype: torch.dtype):
+    begin = torch.randn(3, activation.CHUNK // 2, dtype=torch.float64).to(dtype).requires_grad_()
+    found = []
+    for overwrite in (False, True):
+        x = begin * 1
+        y = gelu(x, overwrite=overwrite)
+        assert (y.data_ptr() == x.data_ptr()) is overwrite
+        (grad,) = torch.autograd.grad(y.square().sum(), begin)
+        found.append((y.detach(), grad))
+    for apart, together in zip(*found, strict=True):
+        assert apart.equal(together)
+    narrow = (begin * 1)[:, ::2]  # of a view with gaps it makes a copy: the memory is not its own
+    before = narrow.detach().clone()
+    gelu(narrow, overwrite=True)
+    assert narrow.equal(before)
+
+
+def test_a_hook_sees_what_the_layer_returned():
+    """Activations that somebody captures are not overwritten later, nor those of a layer put in another's place."""
+    run, _ = start("1x1x1", **VARIANTS["gpt2-tied"])
+    mlp = next(module for module in run.stages[0].modules() if isinstance(module, MLP))
+    x = torch.randn(6, mlp.up.weight.shape[1], dtype=mlp.up.weight.dtype)
+    expected = F.linear(x, mlp.up.weight, mlp.up.bias).detach()
+    y = mlp(x).detach()
+    seen: list[torch.Tensor] = []
+    for register in (
+        mlp.up.register_forward_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    ):
+        hook = register(lambda module, given, made: seen.append(made.detach()) if module is mlp.up else None)
+        assert mlp(x).equal(y) and torch.allclose(seen.pop(), expected)
+        hook.remove()
+    hook = mlp.up.register_full_backward_hook(lambda module, given, made: seen.append(made[0]))
+    mlp(x.requires_grad_()).sum().backward()
+    assert seen.pop().shape == expected.shape
+    hook.remove()
+    squashed = torch.nn.Sequential(mlp.up, torch.nn.Sigmoid())  # whose backward needs what it returned
+    mlp.up = squashed  # type: ignore[assignment]
+    mlp(x).sum().backward()
 
 
 def test_a_second_derivative_is_refused():

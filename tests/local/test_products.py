@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallax.processor import Processor
 from parallax.tensor import products
@@ -11,10 +14,14 @@ from parallax.tensor import products
 WIDE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 
 
+def can_have_onednn() -> bool:
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and products._keeps_every_bit()
+
+
 @pytest.fixture(params=["by the rule", "onednn", "torch"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this torch has no oneDNN")
+    if request.param == "onednn" and not can_have_onednn():
+        pytest.skip("torch has no oneDNN, or this processor multiplies in bfloat16 when it may")
     if request.param != "by the rule":
         monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "onednn")
     return request.param
@@ -68,7 +75,72 @@ def test_the_same_bits_every_time(library: str):
 
 def test_which_library_follows_from_the_processor_alone(monkeypatch: pytest.MonkeyPatch):
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    for vendor, expected in (("AuthenticAMD", wide), ("GenuineIntel", False), ("", False)):
-        monkeypatch.setattr(products, "processor", lambda vendor=vendor: Processor(vendor))
+    tiles = frozenset({"amx_bf16"})
+    for vendor, flags, expected in (
+        ("AuthenticAMD", frozenset[str](), wide),
+        ("AuthenticAMD", tiles, False),  # there it would multiply in bfloat16
+        ("GenuineIntel", frozenset[str](), False),
+        ("", frozenset[str](), False),
+    ):
+        monkeypatch.setattr(products, "processor", lambda vendor=vendor, flags=flags: Processor(vendor, flags))
         assert products.onednn_is_faster.__wrapped__() is expected
     assert not any(products.suits_onednn(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
+
+
+@pytest.mark.parametrize("operator", ["mm", "bmm", "addmm"])
+def test_a_library_that_rounds_is_not_used(operator: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever oneDNN does with the leave to round that torch gives it: it is tried, and left alone if it takes it."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(products, "processor", lambda: Processor("AuthenticAMD"))
+    assert products.onednn_is_faster.__wrapped__() is wide
+    with Rounding(operator):
+        assert not products.onednn_is_faster.__wrapped__()
+
+
+class Rounding(TorchDispatchMode):
+    """One operator rounds its factors to bfloat16 where torch's setting lets it."""
+
+    def __init__(self, operator: str) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.partition(".")[0].rstrip("_") == self.operator and setting() == "bf16":
+            args = [*args[:-2], *(each.bfloat16().float() for each in args[-2:])]
+        return func(*args, **(kwargs or {}))
+
+
+def setting() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+def test_the_setting_is_for_products_alone(library: str):
+    """Nobody else meets it: not after an error, nor where one is within another; and what a user has set, stays."""
+    x = torch.ones(64, 64)
+    inside = "bf16" if products.suits_onednn(x) else "ieee"
+    before = setting()
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    try:
+        with pytest.raises(ZeroDivisionError), products.by_faster_library(x):
+            with products.by_faster_library(x):
+                products.product(x, x)
+                assert setting() == inside
+            assert setting() == inside
+            _ = 1 / 0
+        assert setting() == "ieee"
+        products.linear(x, x, None), products.product(x, x), products.accumulate_weight_grad(x, x, x.clone())
+        assert setting() == "ieee"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (512, 768), (0, 3)])
+def test_bias_gradients(dtype: torch.dtype, shape: tuple[int, int]):
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    for total in {dtype, torch.promote_types(dtype, torch.float32)}:
+        whole = torch.ones(2, shape[1], dtype=total)  # a buffer's own rows, and no others
+        products.accumulate_bias_grad(grad, whole[1])
+        near(whole[1], 1 + grad.double().sum(0), dtype)
+        assert whole[0].equal(torch.ones(shape[1], dtype=total))
