@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
     def _core(self, qkv: Tensor, rows: TokenRows, seed: int | None) -> Tensor:
         """[B, T, h + 2g, K] -> [B, T, h, K]."""
-        if seed is None and suits(qkv):
+        if seed is None and suits(qkv, self.heads):
             return blocked_attention(qkv, self.heads)
         q, k, v = (x.transpose(1, 2) for x in qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2))
         if seed is not None:

@@ -15,6 +15,7 @@ from parallax.data.layout import Bucket, Placed, Segment
 from parallax.mesh import Axis, Mesh
 from parallax.optimizers.train import TrainOptimizer
 from parallax.params import ParamSpec
+from parallax.tensor.products import by_faster_library
 
 __all__ = ["Muon", "orthogonalise"]
 
@@ -34,9 +35,10 @@ def orthogonalise(matrix: Tensor) -> Tensor:
         x = x.T
     x = x / (x.norm() + 1e-7)
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    with by_faster_library(x):
+        for _ in range(ITERATIONS):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)
 
 

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from parallax.processor import processor
 from parallax.tensor import float8
 
-__all__ = ["accumulate_bias_grad", "accumulate_weight_grad", "by_faster_library", "input_grad", "linear", "product"]
+__all__ = [
+    "accumulate_bias_grad",
+    "accumulate_weight_grad",
+    "by_faster_library",
+    "input_grad",
+    "linear",
+    "product",
+    "suits_onednn",
+]
 
 MKLDNN: Any = torch.backends.mkldnn  # what it has is not declared
 
@@ -71,8 +79,11 @@ def by_faster_library(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def suits_onednn(x: Tensor) -> bool:
-    """Whether products of this tensor go to oneDNN."""
-    return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling() and onednn_is_faster()
+    """Whether products of this tensor go to oneDNN. Not where torch.compile traces them, and has ways of its own, nor
+    for tensors that only stand for others.
+    """
+    plain = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32
+    return plain and not torch.compiler.is_compiling() and onednn_is_faster()
 
 
 @functools.cache

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallax.models import blocked_attention as blocks
 from parallax.models import costs
@@ -12,11 +15,12 @@ from parallax.models.attention import apply_rotary, rotary_table
 from parallax.models.blocked_attention import blocked_attention, suits
 from parallax.models.costs import unit_activations
 from parallax.processor import Processor
+from parallax.tensor import products
 from tests.cases import GPT2, make_batch, start
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 256, 511])
+@pytest.mark.parametrize("length", [1, 65, 127, 128, 129, 200, 256, 511, 700])  # of 700 probabilities are not kept
 def test_it_is_attention(heads: int, groups: int, length: int):
     generator = torch.Generator().manual_seed(length)
     fused = torch.randn(2, length, heads + 2 * groups, 12, dtype=torch.float64, generator=generator)
@@ -31,21 +35,55 @@ def test_it_is_attention(heads: int, groups: int, length: int):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 4])
-def test_samples_together_or_some_after_others(monkeypatch: pytest.MonkeyPatch, samples: int):
-    """Five at a time, against one, two (and then one), four (and then one)."""
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("problems", [1, 2, 3, 7, 12])
+def test_together_or_some_after_others(monkeypatch: pytest.MonkeyPatch, problems: int, keeps: bool):
+    """All five samples of three key heads at a time, against single heads, two and then one, a sample, two, four."""
+    assert products.onednn_is_faster() in (True, False)  # which it finds out by products of its own
     generator = torch.Generator().manual_seed(0)
-    fused = torch.randn(5, 80, 10, 8, generator=generator, requires_grad=True)
-    grad = torch.randn(5, 80, 6, 8, generator=generator)
-    found = []
-    for together in (5, samples):
-        monkeypatch.setattr(blocks, "AT_ONCE", together * 6 * costs.BLOCK * 80)
+    fused = torch.randn(5, 140, 12, 8, generator=generator, requires_grad=True)
+    grad = torch.randn(5, 140, 6, 8, generator=generator)
+    monkeypatch.setattr(blocks, "_keeps", lambda qkv: keeps)
+    found, sizes = [], []
+    for together in (15, problems):
+        monkeypatch.setattr(blocks, "AT_ONCE", together * 2 * costs.BLOCK * 140)
         fused.grad = None
-        y = blocked_attention(fused, 6)
-        y.backward(grad)
+        with Products() as seen:
+            y = blocked_attention(fused, 6)
+            y.backward(grad)
+        sizes.append(seen.sizes)
         found.append((y, fused.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert sizes[0] == {15} and max(sizes[1]) == {7: 6}.get(problems, problems)
+
+
+class Products(TorchDispatchMode):
+    """How many matrices each batched product has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.sizes.add(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_probabilities_that_are_not_kept_are_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    """And then nothing of their size is held."""
+    fused = torch.randn(1, 300, 6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found, held = [], []
+    for keeps in (True, False):
+        monkeypatch.setattr(blocks, "_keeps", lambda qkv, keeps=keeps: keeps)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            y = blocked_attention(fused, 2)
+        held.append(sum(sizes))
+        found.append((y, *torch.autograd.grad(y.square().sum(), fused)))
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+    assert held == [6 * 300 * 8 + 2 * (128 * 128 + 128 * 256 + 44 * 300), 6 * 300 * 8]
 
 
 def test_a_second_derivative_is_refused():
@@ -69,15 +107,19 @@ def test_rotary_positions_are_a_rotation_by_complex_numbers():
 
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch):
-    def qkv(length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(1, length, 6, 8, dtype=dtype)
+    def used(length: int, dtype: torch.dtype = torch.float32, device: str = "cpu", groups: int = 2) -> bool:
+        return suits(torch.empty(1, length, 64 + 2 * groups, 8, dtype=dtype, device=device), 64)
 
-    assert suits(qkv(256)) and suits(qkv(512, torch.float64))
-    assert not suits(qkv(64)) and not suits(qkv(513)) and not suits(qkv(256, torch.float16))
-    assert not suits(qkv(256).to("meta"))
+    for faster in (True, False):
+        monkeypatch.setattr(products, "onednn_is_faster", lambda faster=faster: faster)
+        assert used(256) and used(512, torch.float64)
+        assert not used(64) and not used(256, torch.float16) and not used(256, device="meta")
+        assert used(513) is used(1024) is faster
+        assert not used(513, torch.float64) and not used(513, torch.bfloat16)
+        assert used(1024, groups=1) is faster and not used(1025, groups=1)  # whose blocks would take 32 MB
     for flags, expected in ((frozenset({"avx512f"}), True), (frozenset({"avx512f", "amx_bf16"}), False)):
         monkeypatch.setattr(costs, "processor", lambda flags=flags: Processor("", flags))
-        assert suits(qkv(256, torch.bfloat16)) is expected
+        assert used(256, torch.bfloat16) is expected
 
 
 def test_bfloat16_is_as_near_as_its_own_rounding():

@@ -165,3 +165,14 @@ def test_bfloat16_norms_take_their_statistics_in_float32():
     for make, other in ((RMSNorm, nn.RMSNorm(512, eps=1e-5)), (LayerNorm, nn.LayerNorm(512))):
         y = make(512, ALONE, dtype=torch.bfloat16)(x).float()
         torch.testing.assert_close(y, other(x.float()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.timeout(300)
+def test_torch_compile_takes_them():
+    """In float32, where a processor may have its own way with products: the compiler has others."""
+    layers = nn.Sequential(ColumnParallelLinear(64, 96, ALONE), RowParallelLinear(96, 64, ALONE))
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    plain = gradients(layers, x)
+    compiled = gradients(torch.compile(layers), x)  # type: ignore[arg-type]
+    for found, wanted in zip(compiled[:2], plain[:2], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

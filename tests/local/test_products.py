@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallax.processor import Processor
@@ -144,3 +145,12 @@ def test_bias_gradients(dtype: torch.dtype, shape: tuple[int, int]):
         products.accumulate_bias_grad(grad, whole[1])
         near(whole[1], 1 + grad.double().sum(0), dtype)
         assert whole[0].equal(torch.ones(shape[1], dtype=total))
+
+
+def test_tensors_that_only_stand_for_others():
+    """Neither multiplied by a library that wants numbers, nor a reason to try which one it is."""
+    products.onednn_is_faster.cache_clear()
+    with FakeTensorMode():
+        x, weight = torch.empty(64, 32), torch.empty(16, 32)
+        assert products.linear(x, weight, None).shape == (64, 16)
+        assert products.product(x, weight.t()).shape == (64, 16)
