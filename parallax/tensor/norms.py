@@ -79,28 +79,14 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         layer: LayerNorm = ctx.layer
         x, mean, rstd = ctx.saved_tensors
-        grad = grad.contiguous()
-
-        def part(*mask: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.ops.aten.native_layer_norm_backward(
-                grad, x, x.shape[-1:], mean, rstd, layer.weight, layer.bias, list(mask)
-            )
-
-        sink, bias = layer.sink, layer.bias
-        if (
-            sink is not None
-            and not sink.keeping
-            and layer.weight.requires_grad
-            and (bias is None or bias.requires_grad)
-        ):
-            grad_x, *grads = part(True, True, bias is not None)  # one pass for all three
-            for parameter, found in zip((layer.weight, bias), grads, strict=True):
-                _send(sink, parameter, lambda found=found: found)
-            return grad_x, None, None, None
-        grad_x = part(True, False, False)[0]
-        weight_grad = _send(layer.sink, layer.weight, lambda: part(False, True, False)[1])
-        bias_grad = _send(layer.sink, layer.bias, lambda: part(False, False, True)[2])
-        return grad_x, weight_grad, bias_grad, None
+        weight, bias = layer.weight, layer.bias
+        # One pass for all three: in a split backward too, whose second half would have to read everything again.
+        mask = [True, weight.requires_grad, bias is not None and bias.requires_grad]
+        grad_x, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), x, x.shape[-1:], mean, rstd, weight, bias, mask
+        )
+        sent_weight = _send(layer.sink, weight, lambda: weight_grad)
+        return grad_x, sent_weight, _send(layer.sink, bias, lambda: bias_grad), None
 
 
 def wide_of(x: Tensor) -> Tensor:
