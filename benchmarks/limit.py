@@ -30,8 +30,8 @@ from training import GLOBAL_BATCH, MESHES, MICROBATCH, SHAPE, keys_of
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 0.5
-BLOCK = 64
-"""Queries that attention takes at once: what lies in their future is left out."""
+BLOCKS = (64, 128)
+"""Queries that attention takes at once, whichever is faster: what lies in their future is left out."""
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1099511627776"}
 """The products shall not pay for memory that glibc gives back and asks for again."""
 
@@ -47,12 +47,16 @@ def linear_products(shape: tuple[int, int, int]) -> Callable[[], object]:
 
 def attention_products(heads: int) -> Callable[[], object]:
     """The batched products of one sample: scores and values, and the four of the backward, block by block."""
+    return max((_attention_products(heads, block) for block in BLOCKS), key=lambda once: rate(once, 1.0))
+
+
+def _attention_products(heads: int, block: int) -> Callable[[], object]:
     from parallax.tensor.products import by_faster_library
 
     length, width = SHAPE["length"], SHAPE["hidden"] // SHAPE["heads"]
-    q, k, p = torch.randn(heads, BLOCK, width), torch.randn(heads, length, width), torch.randn(heads, BLOCK, length)
+    q, k, p = torch.randn(heads, block, width), torch.randn(heads, length, width), torch.randn(heads, block, length)
     # On average a block meets half of its own keys and all before it.
-    spans = [(start + BLOCK // 2) for start in range(0, length, BLOCK)]
+    spans = [(start + block // 2) for start in range(0, length, block)]
     blocks = [(k[:, :span], p[:, :, :span].contiguous()) for span in spans]
 
     def once() -> None:

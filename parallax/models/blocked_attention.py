@@ -105,7 +105,7 @@ class _Blocked(torch.autograd.Function):
 def _probabilities(q_rows: Tensor, k_PtK: Tensor, size: int, future: Tensor) -> Tensor:
     """Of `size` queries, the last of which is as late as the last key: [P, r*n, t]."""
     scores = _multiply(q_rows, k_PtK.transpose(1, 2), q_rows.shape[2] ** -0.5)
-    own = scores.view(-1, q_rows.shape[1] // size, size, scores.shape[2])[..., -size:]
+    own = scores.unflatten(1, (-1, size))[..., -size:]
     own.add_(future if size == BLOCK else future[:size, :size])
     return torch.softmax(scores, -1, out=scores)
 
@@ -162,8 +162,8 @@ def _cut(x_BGrTK: Tensor) -> tuple[Tensor, ...]:
 
 def _rows(x_BGrTK: Tensor) -> Iterator[Tensor]:
     """As `_cut`, those of all r heads one under the other: [B*G, r*n, K]; in place where r is 1."""
-    num_groups = x_BGrTK.shape[0] * x_BGrTK.shape[1]
-    return (part.reshape(num_groups, -1, part.shape[4]) for part in _cut(x_BGrTK))
+    num_samples, num_groups, r, _, width = x_BGrTK.shape
+    return (part.reshape(num_samples * num_groups, r * part.shape[3], width) for part in _cut(x_BGrTK))
 
 
 def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:

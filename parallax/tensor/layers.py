@@ -32,7 +32,7 @@ from parallax.errors import ConfigError
 from parallax.gradients import GradSink, for_autograd
 from parallax.mesh import Axis
 from parallax.params import Init, Layout, even_cut, fill
-from parallax.tensor.products import accumulate_bias_grad, accumulate_weight_grad, input_grad, linear
+from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
 
 __all__ = [
     "ColumnParallelLinear",
@@ -88,16 +88,18 @@ def _bias_grad(sink: GradSink | None, bias: nn.Parameter | None, grad_NF: Tensor
         return None
     if sink is None:
         return grad_NF.sum(0)
-    sink.add(bias, lambda out: accumulate_bias_grad(grad_NF, out))
+    sink.add(bias, lambda out: add_into(out, grad_NF.sum(0)))
     return None
 
 
 def shown_to_others(layer: nn.Module) -> bool:
-    """Whether anyone but its caller may have what this layer returns: by a hook, or since it is no layer of these but a
-    user's own in its place.
+    """Whether anyone but its caller may have what this layer returns: by a hook, or since the layer or its forward is a
+    user's own in place of these.
     """
+    if type(layer) not in (ColumnParallelLinear, RowParallelLinear) or "forward" in layer.__dict__:
+        return True
     hooks = layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) not in (ColumnParallelLinear, RowParallelLinear) or any(hooks) or bool(_has_any_global_hook())
+    return any(hooks) or bool(_has_any_global_hook())
 
 
 def add_into(out: Tensor, grad: Tensor) -> None:

@@ -69,8 +69,9 @@ class CrossEntropy:
         every = all_gather(own_3N[None], tensor)  # [tensor, 3, N]
         maximum_N = every[:, 0].amax(0)
         sum_N = (every[:, 1] * (every[:, 0] - maximum_N).exp_()).sum(0)
-        self.own_maximum_N, self.normaliser_N = own_3N[0], maximum_N + sum_N.log_()
         self.factor_N = self.valid.to(wide).mul_(scale)
+        self.to_softmax_N = (own_3N[0] - maximum_N).exp_().div_(sum_N)
+        self.normaliser_N = maximum_N + sum_N.log_()
         self.loss = (self.normaliser_N - every[:, 2].sum(0)).masked_fill_(~self.valid, 0).double().sum() * scale
 
     def _own_statistics(self, wide: torch.dtype) -> Tensor:
@@ -97,7 +98,7 @@ class CrossEntropy:
         for rows in self.chunks:
             place, factor_n = self.out[rows, : self.size], self.factor_N[rows]
             if self.holds_exponentials:
-                chunk = place.mul_(((self.own_maximum_N - self.normaliser_N)[rows].exp_() * factor_n)[:, None])
+                chunk = place.mul_((self.to_softmax_N[rows] * factor_n)[:, None])
             else:
                 wide = self.logits[rows, : self.size].to(factor_n.dtype)
                 chunk = torch.sub(wide, self.normaliser_N[rows, None]).exp_().mul_(factor_n[:, None])

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from parallax.processor import processor
 from parallax.tensor import float8
 
 __all__ = [
-    "accumulate_bias_grad",
     "accumulate_weight_grad",
     "by_faster_library",
     "input_grad",
@@ -55,14 +56,6 @@ def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, eight_
     else:
         with by_faster_library(grad_NF):
             out_FD.addmm_(grad_NF.t(), x_ND)
-
-
-def accumulate_bias_grad(grad_NF: Tensor, out_F: Tensor) -> None:
-    """out += the sum of the rows of g; on a CPU by a product with ones, in two thirds of the time of a sum."""
-    if grad_NF.is_cpu and out_F.dtype == grad_NF.dtype and grad_NF.dtype in (torch.float32, torch.float64):
-        out_F.addmv_(grad_NF.t(), grad_NF.new_ones(grad_NF.shape[0]))
-    else:
-        out_F.add_(grad_NF.sum(0))
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -102,17 +95,27 @@ def onednn_is_faster() -> bool:
 class _OneDNN:
     """torch gives float32 products to oneDNN only where it may round their factors to bfloat16. oneDNN makes use of
     that on processors with tiles of bfloat16 (AMX) alone, and computes in float32 on all others.
+
+    The setting is the process's: the first to enter notes what it was, and the last to leave, of all threads, puts it
+    back.
     """
 
     def __init__(self) -> None:
-        self._before: list[str] = []
+        self._lock, self._inside, self._before = Lock(), 0, "none"
 
     def __enter__(self) -> None:
-        self._before.append(MKLDNN.matmul.fp32_precision)
-        MKLDNN.matmul.fp32_precision = "bf16"
+        with self._lock:
+            if self._inside == 0:
+                own, inherited = MKLDNN.matmul.fp32_precision, MKLDNN.fp32_precision
+                self._before = "none" if own == inherited else own
+                MKLDNN.matmul.fp32_precision = "bf16"
+            self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        MKLDNN.matmul.fp32_precision = self._before.pop()
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                MKLDNN.matmul.fp32_precision = self._before
 
 
 ONEDNN, NOTHING = _OneDNN(), nullcontext()
@@ -120,9 +123,11 @@ ONEDNN, NOTHING = _OneDNN(), nullcontext()
 
 def _keeps_every_bit() -> bool:
     """Whether what was said of oneDNN is true here: products with one are the factor itself, which is not so rounded
-    to bfloat16, nor to anything else below float32."""
-    one = torch.eye(64)
-    fine = 1 + torch.arange(64 * 64, dtype=torch.float32).view(64, 64) * 2.0**-23
-    with ONEDNN:
-        found = fine @ one, one @ fine, torch.bmm(fine[None], one[None])[0], torch.zeros(64, 64).addmm_(one.t(), fine)
-    return all(each.equal(fine) for each in found)
+    to bfloat16, nor to anything else below float32. Whatever surrounds the first product of a process: its answer
+    stays.
+    """
+    with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.no_grad(), ONEDNN:
+        one = torch.eye(64, dtype=torch.float32, device="cpu")
+        fine = 1 + torch.arange(64 * 64, dtype=torch.float32, device="cpu").view(64, 64) * 2.0**-23
+        found = fine @ one, one @ fine, torch.bmm(fine[None], one[None])[0], torch.zeros_like(one).addmm_(one, fine)
+        return all(each.equal(fine) for each in found)

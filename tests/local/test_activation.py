@@ -79,6 +79,10 @@ def test_a_hook_sees_what_the_layer_returned():
     mlp(x.requires_grad_()).sum().backward()
     assert seen.pop().shape == expected.shape
     hook.remove()
+    forward = mlp.up.forward
+    mlp.up.forward = lambda x: (seen.append(made := forward(x)), made)[1]  # type: ignore[method-assign]
+    assert mlp(x).equal(y) and torch.allclose(seen.pop(), expected)
+    del mlp.up.forward
     squashed = torch.nn.Sequential(mlp.up, torch.nn.Sigmoid())  # whose backward needs what it returned
     mlp.up = squashed  # type: ignore[assignment]
     mlp(x).sum().backward()

@@ -86,6 +86,13 @@ def test_probabilities_that_are_not_kept_are_the_same_bits(monkeypatch: pytest.M
     assert held == [6 * 300 * 8 + 2 * (128 * 128 + 128 * 256 + 44 * 300), 6 * 300 * 8]
 
 
+def test_no_samples_at_all():
+    x = torch.randn(0, 140, 10, 8, requires_grad=True)
+    y = blocked_attention(x, 6)
+    y.sum().backward()
+    assert y.shape == (0, 140, 6, 8) and x.grad is not None and x.grad.shape == x.shape
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(1, 70, 6, 4, requires_grad=True)
     (first,) = torch.autograd.grad(blocked_attention(x * x, 2).square().sum(), x, create_graph=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from parallax.processor import Processor
 from parallax.tensor import products
@@ -75,7 +76,7 @@ def test_the_same_bits_every_time(library: str):
 
 
 def test_which_library_follows_from_the_processor_alone(monkeypatch: pytest.MonkeyPatch):
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and can_have_onednn()
     tiles = frozenset({"amx_bf16"})
     for vendor, flags, expected in (
         ("AuthenticAMD", frozenset[str](), wide),
@@ -88,27 +89,40 @@ def test_which_library_follows_from_the_processor_alone(monkeypatch: pytest.Monk
     assert not any(products.suits_onednn(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
 
 
-@pytest.mark.parametrize("operator", ["mm", "bmm", "addmm"])
-def test_a_library_that_rounds_is_not_used(operator: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("where", [(torch.Tensor, "__matmul__"), (torch, "bmm"), (torch.Tensor, "addmm_")])
+def test_a_library_that_rounds_is_not_used(where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch):
     """Whatever oneDNN does with the leave to round that torch gives it: it is tried, and left alone if it takes it."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    monkeypatch.setattr(products, "processor", lambda: Processor("AuthenticAMD"))
-    assert products.onednn_is_faster.__wrapped__() is wide
-    with Rounding(operator):
-        assert not products.onednn_is_faster.__wrapped__()
+    usual = getattr(*where)
+
+    def rounding(*factors: torch.Tensor) -> torch.Tensor:
+        if setting() == "bf16":
+            factors = (*factors[:-2], *(each.bfloat16().float() for each in factors[-2:]))
+        return usual(*factors)
+
+    monkeypatch.setattr(*where, rounding)
+    assert not products._keeps_every_bit()
 
 
-class Rounding(TorchDispatchMode):
-    """One operator rounds its factors to bfloat16 where torch's setting lets it."""
-
-    def __init__(self, operator: str) -> None:
-        super().__init__()
-        self.operator = operator
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__.partition(".")[0].rstrip("_") == self.operator and setting() == "bf16":
-            args = [*args[:-2], *(each.bfloat16().float() for each in args[-2:])]
-        return func(*args, **(kwargs or {}))
+@pytest.mark.skipif(not can_have_onednn(), reason="torch has no oneDNN, or it takes the leave to round")
+def test_the_first_product_of_a_process_may_be_anywhere():
+    """What is found then stays: it must not follow from what surrounds it."""
+    default = torch.get_default_dtype()
+    surroundings = (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+        FakeTensorMode(),
+        torch.inference_mode(),
+    )
+    try:
+        for surrounding in surroundings:
+            torch.set_default_dtype(torch.float64)
+            with surrounding:
+                assert products._keeps_every_bit()
+    finally:
+        torch.set_default_dtype(default)
+    with FlopCounterMode(display=False) as counter:
+        assert products._keeps_every_bit()
+    assert counter.get_total_flops() == 0
 
 
 def setting() -> str:
@@ -131,20 +145,36 @@ def test_the_setting_is_for_products_alone(library: str):
         assert setting() == "ieee"
         products.linear(x, x, None), products.product(x, x), products.accumulate_weight_grad(x, x, x.clone())
         assert setting() == "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"  # it follows from what is set for all
+        torch.backends.fp32_precision = "tf32"
+        assert setting() == "tf32"
+        products.product(x, x)
+        assert setting() == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert setting() == "ieee"
     finally:
+        torch.backends.fp32_precision = "none"
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("dtype", WIDE)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (512, 768), (0, 3)])
-def test_bias_gradients(dtype: torch.dtype, shape: tuple[int, int]):
-    generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-    for total in {dtype, torch.promote_types(dtype, torch.float32)}:
-        whole = torch.ones(2, shape[1], dtype=total)  # a buffer's own rows, and no others
-        products.accumulate_bias_grad(grad, whole[1])
-        near(whole[1], 1 + grad.double().sum(0), dtype)
-        assert whole[0].equal(torch.ones(shape[1], dtype=total))
+@pytest.mark.skipif(not can_have_onednn(), reason="torch has no oneDNN, or it takes the leave to round")
+def test_the_last_thread_to_leave_puts_the_setting_back():
+    before = setting()
+    first, second = Event(), Event()
+
+    def stay(mine: Event, other: Event) -> None:
+        with products.ONEDNN:
+            mine.set()
+            assert other.wait(60)
+
+    with products.ONEDNN:
+        thread = Thread(target=stay, args=(first, second))
+        thread.start()
+        assert first.wait(60)
+    assert setting() == "bf16"  # the other is still in it
+    second.set()
+    thread.join()
+    assert setting() == before
 
 
 def test_tensors_that_only_stand_for_others():
