@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -51,7 +52,7 @@ class GradSync(Protocol):
         ...
 
 
-class BucketSync:
+class BucketSync(ABC):
     """Reduces each bucket once it is full, and the late one last, after its sums over tied uses and over tensor.
 
     flats: the buffers of this rank's stages. sinks: where those stages' layers send weight gradients. each: a bucket is
@@ -77,29 +78,31 @@ class BucketSync:
             for stage, flat in flats.items()
         }
 
+    @abstractmethod
     def launch(self, flat: FlatBuffers, bucket: Bucket) -> None:
         """Begin the reduction of one bucket."""
-        raise NotImplementedError
 
     def to_send(self, grads: Tensor) -> Tensor:
         """The gradients in the dtype in which they travel."""
         return grads if self.reduce_dtype is None else grads.to(self.reduce_dtype)
 
+    @abstractmethod
     def wait(self) -> None:
         """Return when every reduction that was begun is done."""
-        raise NotImplementedError
 
     def zero(self, scale: float = 1.0) -> None:
         for flat in self.flats.values():
             flat.zero_grads()
 
-    def unshard(self, stage: int) -> None: ...
+    # Who holds every parameter whole has nothing to do in the next four: ZeRO alone has.
 
-    def reshard(self, stage: int) -> None: ...
+    def unshard(self, stage: int) -> None: ...  # noqa: B027
 
-    def publish(self) -> None: ...
+    def reshard(self, stage: int) -> None: ...  # noqa: B027
 
-    def gather_all(self) -> None:
+    def publish(self) -> None: ...  # noqa: B027
+
+    def gather_all(self) -> None:  # noqa: B027
         """Have every parameter whole and up to date, for who reads them outside of a forward."""
 
     def held(self) -> list[Tensor]:

@@ -59,7 +59,7 @@ class CrossEntropy:
         start, stop = vocab_range
         self.logits, self.size, self.out = logits, stop - start, out
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.holds_exponentials = out is not None and out.dtype == wide
+        self.exponentials = out if out is not None and out.dtype == wide else None
         self.valid = targets_N != ignore_index
         local = targets_N - start
         self.mine = self.valid & (local >= 0) & (local < stop - start)
@@ -85,7 +85,7 @@ class CrossEntropy:
             maximum = chunk.amax(-1)
             own[0, rows] = maximum
             own[2, rows] = chunk.gather(-1, self.local[rows, None]).squeeze(-1)
-            place = self.out[rows, : self.size] if self.out is not None and self.holds_exponentials else None
+            place = None if self.exponentials is None else self.exponentials[rows, : self.size]
             own[1, rows] = torch.sub(chunk, maximum[:, None], out=place).exp_().sum(-1)
         own[2].masked_fill_(~self.mine, 0)
         return own
@@ -97,7 +97,7 @@ class CrossEntropy:
         assert self.out is not None, "nobody has said where the gradient goes"
         for rows in self.chunks:
             place, factor_n = self.out[rows, : self.size], self.factor_N[rows]
-            if self.holds_exponentials:
+            if self.exponentials is not None:
                 chunk = place.mul_((self.to_softmax_N[rows] * factor_n)[:, None])
             else:
                 wide = self.logits[rows, : self.size].to(factor_n.dtype)

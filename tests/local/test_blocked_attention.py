@@ -39,7 +39,6 @@ def test_it_is_attention(heads: int, groups: int, length: int):
 @pytest.mark.parametrize("problems", [1, 2, 3, 7, 12])
 def test_together_or_some_after_others(monkeypatch: pytest.MonkeyPatch, problems: int, keeps: bool):
     """All five samples of three key heads at a time, against single heads, two and then one, a sample, two, four."""
-    assert products.onednn_is_faster() in (True, False)  # which it finds out by products of its own
     generator = torch.Generator().manual_seed(0)
     fused = torch.randn(5, 140, 12, 8, generator=generator, requires_grad=True)
     grad = torch.randn(5, 140, 6, 8, generator=generator)
