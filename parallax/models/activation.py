@@ -42,27 +42,37 @@ def swiglu(x: Tensor, compiled: bool = False) -> Tensor:
     return _SwiGLU.apply(x, compiled)
 
 
-def _gelu_and_slope(x: Tensor, y: Tensor | None = None, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """gelu(x) and its derivative, both of x's dtype; in `y`, which may be x, and `slope` where these are given."""
-    wide = wide_of(x)
-    if wide is not x and y is not None and slope is not None:
-        for out, made in zip((y, slope), _gelu_and_slope(wide), strict=True):
-            out.copy_(made)
-        return y, slope
-    two_c = torch.full((), TWO_C, dtype=wide.dtype, device=x.device)
-    s = torch.addcmul(two_c, wide, wide, value=TWO_C * A).mul_(wide).sigmoid_()
-    slope = torch.addcmul(two_c, wide, wide, value=TWO_C * A * 3, out=slope)
-    y = torch.mul(s, wide, out=y)
+def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(x) and its derivative, both of x's dtype."""
+    y, slope = _by_sigmoid(wide_of(x), _two_c(x), None, None)
+    return y.to(x.dtype), slope.to(x.dtype)
+
+
+def _two_c(x: Tensor) -> Tensor:
+    return torch.full((), TWO_C, dtype=wide_of(x[:0]).dtype, device=x.device)
+
+
+def _by_sigmoid(x: Tensor, two_c: Tensor, y: Tensor | None, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gelu(x) and its derivative, in the memory of `y`, which may be x, and `slope` where these are given."""
+    s = torch.addcmul(two_c, x, x, value=TWO_C * A).mul_(x).sigmoid_()
+    slope = torch.addcmul(two_c, x, x, value=TWO_C * A * 3, out=slope)
+    y = torch.mul(s, x, out=y)
     rest = torch.addcmul(y, y, s, value=-1)  # x s (1 - s), which the derivative of 2u comes to
-    return y.to(x.dtype), torch.addcmul(s, rest, slope, out=slope).to(x.dtype)
+    return y, torch.addcmul(s, rest, slope, out=slope)
 
 
 def _in_chunks(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
     """As `_gelu_and_slope`, a part after the other."""
-    whole = x, x if overwrite else torch.empty_like(x), torch.empty_like(x)
-    for parts in zip(*(each.view(-1).split(CHUNK) for each in whole), strict=True):
-        _gelu_and_slope(*parts)
-    return whole[1:]
+    y, slope, two_c = x if overwrite else torch.empty_like(x), torch.empty_like(x), _two_c(x)
+    for start in range(0, x.numel(), CHUNK):
+        size = (min(CHUNK, x.numel() - start),)
+        parts = [each.as_strided(size, (1,), each.storage_offset() + start) for each in (x, y, slope)]
+        if two_c.dtype == x.dtype:
+            _by_sigmoid(parts[0], two_c, *parts[1:])
+        else:
+            for part, made in zip(parts[1:], _by_sigmoid(wide_of(parts[0]), two_c, None, None), strict=True):
+                part.copy_(made)
+    return y, slope
 
 
 class _Gelu(torch.autograd.Function):

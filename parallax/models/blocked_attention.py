@@ -13,6 +13,7 @@ is kept is bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,56 +57,75 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in reversed(range(0, length, BLOCK))]
 
 
-def _parts(qkv_BTJK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, G, r, T, K], keys and values [B, G, T, K], in place."""
-    q_BTHK, k_BTGK, v_BTGK = qkv_BTJK.split([heads, *2 * [(qkv_BTJK.shape[2] - heads) // 2]], dim=2)
-    return _grouped(q_BTHK, k_BTGK.shape[2]), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+@dataclass(frozen=True, slots=True)
+class _Problems:
+    """Key heads [group, group + groups) of samples [sample, sample + samples), each with its r query heads, which are
+    one problem: what they have in [B, T, J, K], as [samples, groups, r, t, K], in one operation, since there are many.
+    """
+
+    sample: int
+    samples: int
+    group: int
+    groups: int
+    r: int
+
+    def queries(self, x_BTJK: Tensor, start: int, stop: int) -> Tensor:
+        return self._view(x_BTJK, self.group * self.r, self.r, start, stop)
+
+    def keys(self, x_BTJK: Tensor, first: int) -> Tensor:
+        """Of key heads, or value heads, of which the first is head `first` of x."""
+        return self._view(x_BTJK, first + self.group, 1, 0, x_BTJK.shape[1])
+
+    def _view(self, x: Tensor, head: int, r: int, start: int, stop: int) -> Tensor:
+        of_sample, of_token, of_head, of_number = x.stride()
+        offset = x.storage_offset() + self.sample * of_sample + head * of_head + start * of_token
+        shape = (self.samples, self.groups, r, stop - start, x.shape[3])
+        return x.as_strided(shape, (of_sample, r * of_head, of_head, of_token, of_number), offset)
 
 
-def _grouped(x_BTHK: Tensor, groups: int) -> Tensor:
-    """[B, G, r, T, K], in place."""
-    return x_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-
-
-def _chunks(at_once: int, *parts_BG: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of all parts: of as many samples as fit, or of some groups of one."""
-    groups = min(at_once, parts_BG[0].shape[1])
+def _problems(qkv_BTJK: Tensor, heads: int) -> Iterator[_Problems]:
+    """As many at a time as fit into the cache: of a few samples, or some key heads of one."""
+    num_samples, length, num_heads, _ = qkv_BTJK.shape
+    num_groups = (num_heads - heads) // 2
+    r = heads // num_groups
+    at_once = max(1, AT_ONCE // (r * BLOCK * length))
+    groups = min(at_once, num_groups)
     samples = max(1, at_once // groups)
-    for some in zip(*(part.split(samples) for part in parts_BG), strict=True):
-        yield from zip(*(part.split(groups, 1) for part in some), strict=True)
+    for sample in range(0, num_samples, samples):
+        for group in range(0, num_groups, groups):
+            yield _Problems(sample, min(samples, num_samples - sample), group, min(groups, num_groups - group), r)
+
+
+def _side_by_side(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """[samples, groups, r, t, K] as [P, r*t, K] in memory of its own."""
+    copy = part.new_empty(part.shape, dtype=dtype).copy_(part)
+    return copy.view(-1, part.shape[2] * part.shape[3], part.shape[4])
 
 
 class _Blocked(torch.autograd.Function):
-    """As many problems at a time as fit into the cache: the query heads of one key head in one sample are one."""
-
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-        ctx.heads, ctx.num_groups, ctx.keeps = heads, (qkv.shape[2] - heads) // 2, _keeps(qkv)
+        ctx.heads, ctx.keeps, ctx.shape = heads, _keeps(qkv), qkv.shape
         out = qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
-        q, k, v = _parts(qkv, heads)
-        ctx.at_once = max(1, AT_ONCE // (q.shape[2] * BLOCK * qkv.shape[1]))
-        kept = []
-        for parts in _chunks(ctx.at_once, q, k, v, _grouped(out, ctx.num_groups)):
-            kept += _attend(ctx.keeps, *parts)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*(x for some in _problems(qkv, heads) for x in _attend(some, qkv, out, ctx.keeps)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         kept = ctx.saved_tensors  # asked for once: a hook may compute them
-        each = 3 + (len(_blocks(grad.shape[1])) if ctx.keeps else 0)
-        result = grad.new_empty(*grad.shape[:2], ctx.heads + 2 * ctx.num_groups, grad.shape[3])
-        chunks = _chunks(ctx.at_once, _grouped(grad, ctx.num_groups), *_parts(result, ctx.heads))
-        for index, parts in enumerate(chunks):
-            _gradient(kept[index * each : (index + 1) * each], *parts)
+        each = 2 + (2 if ctx.keeps else 1) * len(_blocks(grad.shape[1]))
+        result = grad.new_empty(ctx.shape)
+        for index, some in enumerate(_problems(result, ctx.heads)):
+            _gradient(some, kept[index * each : (index + 1) * each], ctx.keeps, grad, result)
         return result, None
 
 
 def _probabilities(q_rows: Tensor, k_PtK: Tensor, size: int, future: Tensor) -> Tensor:
     """Of `size` queries, the last of which is as late as the last key: [P, r*n, t]."""
     scores = _multiply(q_rows, k_PtK.transpose(1, 2), q_rows.shape[2] ** -0.5)
-    own = scores.unflatten(1, (-1, size))[..., -size:]
+    problems, rows, length = scores.shape
+    own = scores.as_strided((problems * rows // size, size, size), (size * length, length, 1), length - size)
     own.add_(future if size == BLOCK else future[:size, :size])
     return torch.softmax(scores, -1, out=scores)
 
@@ -114,56 +134,52 @@ def _future(like: Tensor) -> Tensor:
     return torch.full((BLOCK, BLOCK), -torch.inf, dtype=like.dtype).triu_(1)
 
 
-def _attend(keeps: bool, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
-    """Attention into `out`: B*G problems, in which r = H/G query heads of n queries each share their keys, so that one
-    product serves them all. Returns what the backward needs.
+def _attend(some: _Problems, qkv: Tensor, out: Tensor, keeps: bool) -> list[Tensor]:
+    """Attention into `out`: problems, in which r query heads of n queries each share their keys, so that one product
+    serves them all. Returns what the backward needs: keys, values, and the queries, and probabilities, of each block.
     """
-    copies, dtype = [q.contiguous(), k.contiguous(), v.contiguous()], q.dtype
-    q, k, v = map(wide_of, copies)
-    k_PTK, v_PTK, future = k.flatten(0, 1), v.flatten(0, 1), _future(q)
-    kept = []
-    with by_faster_library(q):
-        for (start, stop), q_rows, place in zip(_blocks(q.shape[3]), _rows(q), _cut(out), strict=True):
-            p = _probabilities(q_rows, k_PTK.narrow(1, 0, stop), stop - start, future)
-            place.copy_(torch.bmm(p, v_PTK.narrow(1, 0, stop)).view_as(place))
-            if keeps:
-                kept.append(p.to(dtype))
-    return copies + kept
+    heads, num_groups = out.shape[2], (qkv.shape[2] - out.shape[2]) // 2
+    kept = [_side_by_side(some.keys(qkv, first), qkv.dtype) for first in (heads, heads + num_groups)]
+    k_PTK, v_PTK = map(wide_of, kept)
+    future = _future(k_PTK)
+    with by_faster_library(k_PTK):
+        for start, stop in _blocks(qkv.shape[1]):
+            q_rows = _side_by_side(some.queries(qkv, start, stop), qkv.dtype)
+            p = _probabilities(wide_of(q_rows), _first(k_PTK, stop), stop - start, future)
+            place = some.queries(out, start, stop)
+            place.copy_(torch.bmm(p, _first(v_PTK, stop)).view(place.shape))
+            kept += [q_rows, p.to(qkv.dtype)] if keeps else [q_rows]
+    return kept
 
 
-def _gradient(kept: Sequence[Tensor], grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """The gradient by queries, keys and values, into `dq`, `dk` and `dv`."""
-    q, k, v = map(wide_of, kept[:3])
-    k_PTK, v_PTK = k.flatten(0, 1), v.flatten(0, 1)
-    scale, blocks = k.shape[3] ** -0.5, _blocks(k.shape[2])
-    g = wide_of(grad.contiguous())
-    future = _future(q) if len(kept) == 3 else None
+def _gradient(some: _Problems, kept: Sequence[Tensor], keeps: bool, grad: Tensor, result: Tensor) -> None:
+    """The gradient by queries, keys and values, into their places in `result`."""
+    heads, num_groups = grad.shape[2], (result.shape[2] - grad.shape[2]) // 2
+    k_PTK, v_PTK = map(wide_of, kept[:2])
+    blocks, scale = _blocks(grad.shape[1]), k_PTK.shape[2] ** -0.5
+    known: Sequence[Tensor | None] = kept[3::2] if keeps else len(blocks) * [None]
     sum_k: Tensor | None = None
     sum_v: Tensor | None = None
-    with by_faster_library(q):
-        rows = zip(blocks, _rows(q), _rows(g), kept[3:] or len(blocks) * [q], _cut(dq), strict=True)
-        for (start, stop), q_rows, g_rows, known, place in rows:
-            keys, values = k_PTK.narrow(1, 0, stop), v_PTK.narrow(1, 0, stop)
-            p = wide_of(known) if future is None else _probabilities(q_rows, keys, stop - start, future)
+    with by_faster_library(k_PTK):
+        for (start, stop), rows, p in zip(blocks, kept[2 :: 2 if keeps else 1], known, strict=True):
+            q_rows, keys = wide_of(rows), _first(k_PTK, stop)
+            g_rows = _side_by_side(some.queries(grad, start, stop), k_PTK.dtype)
+            p = _probabilities(q_rows, keys, stop - start, _future(keys)) if p is None else wide_of(p)
             sum_v = _add(sum_v, torch.bmm(p.transpose(1, 2), g_rows))
-            dp = torch.bmm(g_rows, values.transpose(1, 2))
+            dp = torch.bmm(g_rows, _first(v_PTK, stop).transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-            place.copy_(_multiply(ds, keys, scale).view_as(place))
+            place = some.queries(result, start, stop)
+            place.copy_(_multiply(ds, keys, scale).view(place.shape))
             sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, scale))
-    assert sum_k is not None and sum_v is not None
-    dk.copy_(sum_k.view(dk.shape))
-    dv.copy_(sum_v.view(dv.shape))
+    for first, total in ((heads, sum_k), (heads + num_groups, sum_v)):
+        assert total is not None
+        place = some.keys(result, first)
+        place.copy_(total.view(place.shape))
 
 
-def _cut(x_BGrTK: Tensor) -> tuple[Tensor, ...]:
-    """The rows of each block, the last block first, in place."""
-    return x_BGrTK.split(BLOCK, 3)[::-1]
-
-
-def _rows(x_BGrTK: Tensor) -> Iterator[Tensor]:
-    """As `_cut`, those of all r heads one under the other: [B*G, r*n, K]; in place where r is 1."""
-    num_samples, num_groups, r, _, width = x_BGrTK.shape
-    return (part.reshape(num_samples * num_groups, r * part.shape[3], width) for part in _cut(x_BGrTK))
+def _first(x_PTK: Tensor, stop: int) -> Tensor:
+    """What is before `stop`."""
+    return x_PTK if stop == x_PTK.shape[1] else x_PTK.narrow(1, 0, stop)
 
 
 def _multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
@@ -176,5 +192,5 @@ def _add(total: Tensor | None, part_PtK: Tensor) -> Tensor:
     """The sum, in the memory of the first part, which must be the longest."""
     if total is None:
         return part_PtK
-    total.narrow(1, 0, part_PtK.shape[1]).add_(part_PtK)
+    _first(total, part_PtK.shape[1]).add_(part_PtK)
     return total

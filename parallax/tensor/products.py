@@ -106,8 +106,8 @@ class _OneDNN:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                own, inherited = MKLDNN.matmul.fp32_precision, MKLDNN.fp32_precision
-                self._before = "none" if own == inherited else own
+                own = MKLDNN.matmul.fp32_precision
+                self._before = "none" if own == "none" or own == MKLDNN.fp32_precision else own
                 MKLDNN.matmul.fp32_precision = "bf16"
             self._inside += 1
 

@@ -92,6 +92,22 @@ def test_no_samples_at_all():
     assert y.shape == (0, 140, 6, 8) and x.grad is not None and x.grad.shape == x.shape
 
 
+def test_memory_of_any_layout():
+    """A part of a larger tensor, tokens before samples, and gradients that are one number everywhere or turned round."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(150, 3, 14, 10, generator=generator)
+    inside = whole.transpose(0, 1)[1:, 5:145, 3:13, 2:].requires_grad_()
+    copy = inside.detach().clone().contiguous().requires_grad_()
+    for grad in (
+        torch.ones(()).expand(2, 140, 6, 8),
+        torch.randn(6, 2, 8, 140, generator=generator).permute(1, 3, 0, 2),
+    ):
+        y, wanted = blocked_attention(inside, 6), blocked_attention(copy, 6)
+        assert y.equal(wanted)
+        (found,) = torch.autograd.grad(y, inside, grad)
+        assert found.equal(*torch.autograd.grad(wanted, copy, grad.contiguous()))
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(1, 70, 6, 4, requires_grad=True)
     (first,) = torch.autograd.grad(blocked_attention(x * x, 2).square().sum(), x, create_graph=True)
