@@ -10,11 +10,12 @@ from parallax.config import Config, resolve_batch
 from parallax.errors import ConfigError
 from parallax.models.costs import unit_costs
 from parallax.models.memory import MemoryModel, StageMemory
+from parallax.pipeline.join import join
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Op, Schedule
-from parallax.pipeline.search import search
+from parallax.pipeline.search import search, stage_cost
 from parallax.pipeline.split import Span, Unit, balanced_split, check_partition, split_from_layers, stage_table
-from parallax.pipeline.table import get_schedule
+from parallax.pipeline.table import get_schedule, is_file
 from parallax.pipeline.validate import Wire, validate
 
 __all__ = ["StagePlan", "plan_stages", "prove", "split_units", "stage_in_flight"]
@@ -46,7 +47,13 @@ class StagePlan:
         note = f"\n{self.note}" if self.note else ""
         held = _all_in_flight(self.schedule)
         table = stage_table(self.spans, self.units, self.schedule.stage_to_rank, held, [m.total for m in self.memory])
-        return f"{self.num_parameters:,} parameters; schedule {self.schedule.name}{note}\n{table}"
+        split = len(self.schedule.splits)
+        backwards = f", {split} of {self._num_backwards} backwards in two" if split else ""
+        return f"{self.num_parameters:,} parameters; schedule {self.schedule.name}{backwards}{note}\n{table}"
+
+    @property
+    def _num_backwards(self) -> int:
+        return self.schedule.num_stages * self.schedule.num_microbatches
 
 
 def plan_stages(config: Config) -> StagePlan:
@@ -56,10 +63,13 @@ def plan_stages(config: Config) -> StagePlan:
     note = ""
     if wish.schedule == "auto":
         found = search(units, ranks, num_microbatches, memory_cap=wish.memory_cap)
-        schedule, spans, note = prove(found.schedule), found.spans, found.describe()
+        table, spans, note = found.schedule, found.spans, found.describe()
     else:
-        schedule = prove(get_schedule(wish.schedule, ranks, num_microbatches, wish.stages_per_rank))
-        spans = split_units(config, units, schedule)
+        table = get_schedule(wish.schedule, ranks, num_microbatches, wish.stages_per_rank)
+        spans = split_units(config, units, table)
+    if not is_file(wish.schedule):  # a user's own table stays as it is
+        table = join(table, stage_cost(units, spans, ranks))
+    schedule = prove(table)
     memory = MemoryModel(config, units, _all_in_flight(schedule))
     return StagePlan(schedule, units, spans, tuple(memory.of(s, span) for s, span in enumerate(spans)), note)
 

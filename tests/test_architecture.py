@@ -40,6 +40,7 @@ RANK = {
     "pipeline.table": 6,
     "pipeline.draw": 6,
     "pipeline.search": 6,
+    "pipeline.join": 5,
     "models.costs": 8.5,
     "models.memory": 9,
     "stage_plan": 10,
@@ -86,7 +87,7 @@ RANK = {
 NO_TORCH = ["parallax.pipeline.schedule", "parallax.pipeline.schedules", "parallax.pipeline.lower"]
 NO_TORCH += ["parallax.pipeline.simulate", "parallax.pipeline.validate", "parallax.pipeline.split"]
 NO_TORCH += ["parallax.pipeline.v_schedules", "parallax.pipeline.table", "parallax.pipeline.draw"]
-NO_TORCH += ["parallax.pipeline.search", "parallax.stage_plan", "parallax.schedule_command"]
+NO_TORCH += ["parallax.pipeline.search", "parallax.pipeline.join", "parallax.stage_plan", "parallax.schedule_command"]
 NO_TORCH += ["parallax.mesh", "parallax.config", "parallax.config_io", "parallax.config_hf", "parallax.corpus"]
 COLLECTIVES = re.compile(
     r"\bdist\.(all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*|broadcast\w*|i?send|i?recv|"

@@ -93,7 +93,7 @@ def test_no_samples_at_all():
 
 
 def test_memory_of_any_layout():
-    """A part of a larger tensor, tokens before samples, and gradients that are one number everywhere or turned round."""
+    """A part of a larger tensor, tokens before samples, gradients that are one number or turned round."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(150, 3, 14, 10, generator=generator)
     inside = whole.transpose(0, 1)[1:, 5:145, 3:13, 2:].requires_grad_()

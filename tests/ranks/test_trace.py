@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from parallax.pipeline.schedule import COMPUTE
 from parallax.pipeline.schedules import SCHEDULES, make_schedule
 from parallax.pipeline.simulate import Cost, simulate
+from parallax.stage_plan import plan_stages
 from parallax.trace import clock_offset, compare, sentence, traced
-from tests.cases import LLAMA, advance, start
+from tests.cases import LLAMA, advance, make_config, start
 
 CHANGES = LLAMA | {"model.layers": 4, "batch.num_microbatches": 4}
 
@@ -40,8 +42,9 @@ def test_tracing_draws_one_step_and_changes_no_number(ranks, tmp_path: Path, sch
     assert names == ["step-2-measured.svg", "step-2-predicted.svg", "step-2.json"]
     events = json.loads((tmp_path / "trace/step-2.json").read_text())["traceEvents"]
     drawn = sorted(event["name"] for event in events if event["ph"] == "X")
-    table = make_schedule(schedule, 2, 4)
-    assert drawn == sorted(str(action) for _, _, action in table.actions())
+    config = make_config("2x1x2", **CHANGES | {"pipeline.schedule": schedule})
+    table = plan_stages(config).schedule
+    assert drawn == sorted(str(action) for _, _, action in table.actions() if action.op in COMPUTE)
     # On one host all ranks read the same clock: what is left is how closely they leave a barrier.
     assert all(abs(found[2]) < 0.05 for found in every)
 
