@@ -10,7 +10,7 @@ from parallax.config import Config, resolve_batch
 from parallax.errors import ConfigError
 from parallax.models.costs import unit_costs
 from parallax.models.memory import MemoryModel, StageMemory
-from parallax.pipeline.join import join
+from parallax.pipeline.join import join, likely_costs
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Op, Schedule
 from parallax.pipeline.search import search, stage_cost
@@ -60,15 +60,15 @@ def plan_stages(config: Config) -> StagePlan:
     """What the configuration asks for. Raises ConfigError, ScheduleError."""
     units = tuple(Unit(*cost) for cost in unit_costs(config.model, config.corpus.sequence_length))
     wish, ranks, num_microbatches = config.pipeline, config.mesh_shape.pipeline, resolve_batch(config).num_microbatches
-    note = ""
+    note, recomputes = "", config.recompute != "none"
     if wish.schedule == "auto":
-        found = search(units, ranks, num_microbatches, memory_cap=wish.memory_cap)
+        found = search(units, ranks, num_microbatches, memory_cap=wish.memory_cap, recomputes=recomputes)
         table, spans, note = found.schedule, found.spans, found.describe()
     else:
         table = get_schedule(wish.schedule, ranks, num_microbatches, wish.stages_per_rank)
         spans = split_units(config, units, table)
-    if not is_file(wish.schedule):  # a user's own table stays as it is
-        table = join(table, stage_cost(units, spans, ranks))
+        if not is_file(wish.schedule):  # a user's own table stays as it is
+            table = join(table, likely_costs(stage_cost(units, spans, ranks).forward, recomputes))
     schedule = prove(table)
     memory = MemoryModel(config, units, _all_in_flight(schedule))
     return StagePlan(schedule, units, spans, tuple(memory.of(s, span) for s, span in enumerate(spans)), note)

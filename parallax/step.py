@@ -149,7 +149,7 @@ def global_loss_and_norm(
     vector = torch.zeros(len(order) + 2, dtype=torch.float64, device=mesh.device)
     counted = [(spec, grad) for spec, grad in grads if spec.owned and grad.numel()]
     if counted:
-        squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for _, grad in counted])
+        squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for _, grad in counted]).square_()
         # A parameter may be in several pieces here, added up in their order.
         vector.index_add_(0, torch.tensor([order[spec.name] for spec, _ in counted], device=mesh.device), squares)
     if shards is not None:

@@ -84,15 +84,10 @@ def _cost(schedule: Schedule, spans: Sequence[Span]) -> Cost:
         times = [s.end - s.start for s in spans if s.action.op == op and s.action.stage == stage]
         return statistics.median(times) if times else 0.0
 
-    stages = range(schedule.num_stages)
-    whole = [median(Op.B, s) for s in stages]
-    # A stage may have whole backwards and split ones; a B takes what I and W take together.
-    split = [(median(Op.I, s), median(Op.W, s)) for s in stages]
-    return Cost(
-        [median(Op.F, s) for s in stages],
-        [i if i else b / 2 for (i, _), b in zip(split, whole, strict=True)],
-        [w if i else b / 2 for (i, w), b in zip(split, whole, strict=True)],
-    )
+    stages = range(schedule.num_stages)  # which may have whole backwards, split ones, or both
+    times = ([median(op, stage) for stage in stages] for op in (Op.F, Op.I, Op.W, Op.B))
+    forward, input_grad, weight_grad, whole = times
+    return Cost(forward, input_grad, weight_grad, whole=whole)
 
 
 def sentence(schedule: Schedule, measured: Timeline, predicted: Timeline) -> str:

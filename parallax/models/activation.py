@@ -49,7 +49,7 @@ def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _two_c(x: Tensor) -> Tensor:
-    return torch.full((), TWO_C, dtype=wide_of(x[:0]).dtype, device=x.device)
+    return torch.full((), TWO_C, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def _by_sigmoid(x: Tensor, two_c: Tensor, y: Tensor | None, slope: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,13 @@ def blocked_attention(qkv_BTJK: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over what is not in the future: [B, T, H, K].
 
     qkv_BTJK: H query heads, then G key heads, then G value heads, J = H + 2G, each row of K contiguous; key/value head
-    i serves query heads i*H/G and on.
+    i serves query heads i*H/G and on. Raises ValueError where J is no such sum.
     """
+    num_heads = qkv_BTJK.shape[2]
+    if num_heads <= heads or (num_heads - heads) % 2 or heads % ((num_heads - heads) // 2):
+        raise ValueError(
+            f"{num_heads} heads in all are not {heads} query heads and G of keys and of values that divide it"
+        )
     return _Blocked.apply(qkv_BTJK, heads)
 
 
@@ -59,8 +64,8 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Problems:
-    """Key heads [group, group + groups) of samples [sample, sample + samples), each with its r query heads, which are
-    one problem: what they have in [B, T, J, K], as [samples, groups, r, t, K], in one operation, since there are many.
+    """Key heads [group, group + groups) of samples [sample, sample + samples), each a problem with its r query heads.
+    Its methods are views of what these heads have in [B, T, J, K]: [samples, groups, r, t, K], each made at once.
     """
 
     sample: int

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from parallax.errors import ScheduleError
+from parallax.pipeline.join import join, likely_costs
 from parallax.pipeline.schedule import Action, Op, Schedule
 from parallax.pipeline.schedules import SCHEDULES, make_schedule
 from parallax.pipeline.simulate import Cost, Timeline, simulate
@@ -45,8 +46,16 @@ class Found:
         )
 
 
-def search(units: Sequence[Unit], num_ranks: int, num_microbatches: int, *, memory_cap: float | None = None) -> Found:
-    """The shortest table found for a model of these units, whose passes take time in proportion to their FLOPs.
+def search(
+    units: Sequence[Unit],
+    num_ranks: int,
+    num_microbatches: int,
+    *,
+    memory_cap: float | None = None,
+    recomputes: bool = False,
+) -> Found:
+    """The shortest table found for a model of these units, whose passes take time in proportion to their FLOPs, with
+    whole backwards where it need not split them (pipeline/join.py).
 
     memory_cap: activations that a rank may hold, in microbatches of an average rank's share of the model; none is what
     1F1B's fullest rank holds. Deterministic. Raises ScheduleError where nothing fits, with the least that does.
@@ -78,9 +87,11 @@ def search(units: Sequence[Unit], num_ranks: int, num_microbatches: int, *, memo
             f"pipeline.memory_cap={memory_cap:g} is too small for {num_ranks} ranks and {num_microbatches} "
             f"microbatches; the least that any table needs is {least:.3g}"
         )
-    timeline, peak, schedule, spans = min(fitting, key=lambda item: (item[0].makespan, item[1]))
-    bound = lower_bound(schedule, stage_cost(units, spans, num_ranks))
-    return Found(schedule, spans, timeline, peak, bound, len(fitting))
+    timeline, _, schedule, spans = min(fitting, key=lambda item: (item[0].makespan, item[1]))
+    cost = stage_cost(units, spans, num_ranks)
+    joined = join(schedule, likely_costs(cost.forward, recomputes))
+    peak = weighted_peak(joined, _weights(units, spans, num_ranks))
+    return Found(joined, spans, timeline, peak, lower_bound(schedule, cost), len(fitting))
 
 
 def stage_cost(units: Sequence[Unit], spans: Sequence[Span], num_ranks: int) -> Cost:

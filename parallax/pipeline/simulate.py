@@ -16,7 +16,8 @@ Times = float | Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of one microbatch on one stage: a number for all stages or one for each. B takes I plus W.
+    """Seconds of one microbatch on one stage: a number for all stages or one for each. B takes I plus W, but where
+    whole says otherwise.
 
     send_s: from the end of the action that makes a message until it can be used on another rank; messages do not hold
     up compute.
@@ -26,6 +27,7 @@ class Cost:
     input_grad: Times = 1.0
     weight_grad: Times = 1.0
     send_s: float = 0.0
+    whole: Times | None = None
 
     def of(self, action: Action) -> float:
         """Duration of an action on its rank."""
@@ -39,7 +41,9 @@ class Cost:
             return at(self.input_grad)
         if action.op == Op.W:
             return at(self.weight_grad)
-        return at(self.input_grad) + at(self.weight_grad) if action.op == Op.B else 0.0
+        if action.op == Op.B:
+            return at(self.input_grad) + at(self.weight_grad) if self.whole is None else at(self.whole)
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)

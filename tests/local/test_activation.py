@@ -60,6 +60,23 @@ def test_in_the_memory_of_its_input_it_is_the_same(dtype: torch.dtype):
     assert narrow.equal(before)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_part_of_a_larger_tensor_and_a_single_number(overwrite: bool):
+    larger = torch.randn(7, activation.CHUNK // 4, generator=torch.Generator().manual_seed(0))
+    part = larger.clone()[2:]
+    assert gelu(part, overwrite=overwrite).equal(gelu(larger)[2:])
+    assert gelu(larger[0, 0]).equal(gelu(larger)[0, 0])
+
+
+def test_who_needed_what_is_overwritten_is_told():
+    begin = torch.randn(5, requires_grad=True)
+    x = begin * 1
+    square = x.square()
+    gelu(x, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
 def test_a_hook_sees_what_the_layer_returned():
     """Activations that somebody captures are not overwritten later, nor those of a layer put in another's place."""
     run, _ = start("1x1x1", **VARIANTS["gpt2-tied"])

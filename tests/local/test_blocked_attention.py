@@ -108,6 +108,38 @@ def test_memory_of_any_layout():
         assert found.equal(*torch.autograd.grad(wanted, copy, grad.contiguous()))
 
 
+def test_two_backwards_of_one_forward():
+    """The probabilities that are kept stay what they are."""
+    x = torch.randn(1, 140, 6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = blocked_attention(x, 2)
+    first, second = (torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0] for _ in range(2))
+    assert first.equal(second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_bytes_that_are_kept(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, keeps: bool):
+    """Queries, keys and values in the input's dtype, and the probabilities; memory of no other size behind them."""
+    monkeypatch.setattr(blocks, "_keeps", lambda qkv: keeps)
+    fused = torch.randn(2, 200, 10, 8).to(dtype).requires_grad_()
+    storages: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        blocked_attention(fused, 6)
+    numbers = 2 * (200 * 10 * 8 + keeps * 6 * (128 * 128 + 72 * 200))
+    assert sum(storages.values()) == numbers * dtype.itemsize
+
+
+@pytest.mark.parametrize(("all_heads", "heads"), [(9, 5), (7, 4), (4, 4), (9, 4)])
+def test_heads_that_are_no_groups_are_refused(all_heads: int, heads: int):
+    with pytest.raises(ValueError, match=f"{all_heads} heads in all are not {heads} query heads"):
+        blocked_attention(torch.randn(1, 70, all_heads, 4), heads)
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(1, 70, 6, 4, requires_grad=True)
     (first,) = torch.autograd.grad(blocked_attention(x * x, 2).square().sum(), x, create_graph=True)

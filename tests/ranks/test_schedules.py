@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from parallax.pipeline.schedules import SCHEDULES
+from parallax.pipeline.schedules import SCHEDULES, make_schedule
+from parallax.pipeline.table import to_text
 from parallax.resume import Checkpoints
 from tests.cases import (
     GPT2,
@@ -61,11 +62,15 @@ def final_each(mesh: str, names: list[str], changes: dict[str, Any]) -> dict[str
 
 
 @pytest.mark.parametrize(("variant", "mesh"), [("gpt2", "1x1x3"), ("llama", "1x1x2")])
-def test_every_schedule_is_no_pipeline_bit_for_bit(ranks, variant: str, mesh: str):
-    """Float32, three steps."""
+def test_every_schedule_is_no_pipeline_bit_for_bit(ranks, tmp_path: Path, variant: str, mesh: str):
+    """Float32, three steps; and tables from files, all of whose backwards are split."""
     alone = assemble_whole([final("1x1x1", BITS[variant])])
-    parts = ranks(int(mesh[-1]), final_each, mesh, list(SCHEDULES), BITS[variant])
-    for name in SCHEDULES:
+    files = [tmp_path / f"{name}.csv" for name in ("zb-h2", "zb-v")]
+    for path in files:
+        path.write_text(to_text(make_schedule(path.stem, int(mesh[-1]), BITS[variant]["batch.num_microbatches"])))
+    names = [*SCHEDULES, *map(str, files)]
+    parts = ranks(int(mesh[-1]), final_each, mesh, names, BITS[variant])
+    for name in names:
         whole = assemble_whole([part[name] for part in parts])
         assert whole.keys() == alone.keys()
         for key, values in alone.items():
