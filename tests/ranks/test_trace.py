@@ -49,11 +49,13 @@ def test_tracing_draws_one_step_and_changes_no_number(ranks, tmp_path: Path, sch
     assert all(abs(found[2]) < 0.05 for found in every)
 
 
+@pytest.mark.parametrize("whole", [None, 0.017])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_an_exact_recording_is_predicted_exactly(name: str):
-    """Spans taken from the simulation, on clocks that start anywhere."""
+def test_an_exact_recording_is_predicted_exactly(name: str, whole: float | None):
+    """Spans taken from the simulation, on clocks that start anywhere; where a whole backward is quicker than its parts
+    too."""
     table = make_schedule(name, 3, 8)
-    timeline = simulate(table, Cost(0.010, 0.012, 0.008))
+    timeline = simulate(table, Cost(0.010, 0.012, 0.008, whole=whole))
     begun = time.perf_counter()
     rows = [
         [(str(s.action), begun + s.start, begun + s.end) for s in timeline.spans if s.rank == rank] for rank in range(3)
