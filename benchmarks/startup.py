@@ -52,7 +52,6 @@ def whole(mesh_text: str) -> None:
     from parallax.batches import token_batches
     from parallax.config_io import load
     from parallax.corpus import corpus_for
-    from parallax.launch import entrypoint
     from parallax.mesh import init_mesh
     from parallax.metrics import Metrics  # noqa: F401 - part of what the recipe imports
     from parallax.resume import Checkpoints  # noqa: F401
@@ -60,21 +59,17 @@ def whole(mesh_text: str) -> None:
 
     torch.set_num_threads(1)
     marks = {"import": time.time()}
-
-    def until_first_step() -> None:
-        config = load([f"mesh={mesh_text}"])
-        mesh = init_mesh(config.mesh, device_type="cpu")
-        marks["groups"] = time.time()
-        corpus = corpus_for(config)
-        marks["corpus"] = time.time()
-        run, state = assemble(config, mesh)
-        marks["model"] = time.time()
-        batches = token_batches(corpus.train, seed=config.seed, start_step=0, **run.share)
-        train_step(run, state, next(iter(batches)))
-        marks["first step"] = time.time()
-        tell(marks)
-
-    entrypoint(until_first_step)
+    config = load([f"mesh={mesh_text}"])
+    mesh = init_mesh(config.mesh, device_type="cpu")
+    marks["groups"] = time.time()
+    corpus = corpus_for(config)
+    marks["corpus"] = time.time()
+    run, state = assemble(config, mesh)
+    marks["model"] = time.time()
+    batches = token_batches(corpus.train, seed=config.seed, start_step=0, **run.share)
+    train_step(run, state, next(iter(batches)))
+    marks["first step"] = time.time()
+    tell(marks)
 
 
 def launch(which: str, mesh: str) -> dict[str, float]:
