@@ -24,8 +24,8 @@ INPUT_GRADS, WEIGHT_GRADS, SENDS = (1.0, 2.0), (1.0, 0.65), (0.0, 0.15)
 and activations have no part; and, of a rank's share, a message."""
 WHOLE = 0.95
 """Of I and W together: on 1x1x2 of benchmarks/training.py F takes 29 ms, I 30, W 19.6, and a whole backward 47.4."""
-PLAYED_AT_MOST = 400_000
-"""Actions that the trials for one table may play: a second or so."""
+PLAYED_AT_MOST = 100_000
+"""Actions that the trials for one table may play: half a second or so, which every rank takes."""
 
 
 def likely_costs(forward: Times, recomputes: bool) -> list[Cost]:
