@@ -47,13 +47,9 @@ class StagePlan:
         note = f"\n{self.note}" if self.note else ""
         held = _all_in_flight(self.schedule)
         table = stage_table(self.spans, self.units, self.schedule.stage_to_rank, held, [m.total for m in self.memory])
-        split = len(self.schedule.splits)
-        backwards = f", {split} of {self._num_backwards} backwards in two" if split else ""
+        split, total = len(self.schedule.splits), self.schedule.num_stages * self.schedule.num_microbatches
+        backwards = f", {split} of {total} backwards in two" if split else ""
         return f"{self.num_parameters:,} parameters; schedule {self.schedule.name}{backwards}{note}\n{table}"
-
-    @property
-    def _num_backwards(self) -> int:
-        return self.schedule.num_stages * self.schedule.num_microbatches
 
 
 def plan_stages(config: Config) -> StagePlan:

@@ -85,8 +85,9 @@ def _cost(schedule: Schedule, spans: Sequence[Span]) -> Cost:
         return statistics.median(times) if times else 0.0
 
     stages = range(schedule.num_stages)  # which may have whole backwards, split ones, or both
-    times = ([median(op, stage) for stage in stages] for op in (Op.F, Op.I, Op.W, Op.B))
-    forward, input_grad, weight_grad, whole = times
+    forward, input_grad, weight_grad, whole = (
+        [median(op, stage) for stage in stages] for op in (Op.F, Op.I, Op.W, Op.B)
+    )
     return Cost(forward, input_grad, weight_grad, whole=whole)
 
 

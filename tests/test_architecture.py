@@ -39,7 +39,7 @@ RANK = {
     "pipeline.split": 4,
     "pipeline.table": 6,
     "pipeline.draw": 6,
-    "pipeline.search": 6.5,
+    "pipeline.search": 6,
     "pipeline.join": 5,
     "models.costs": 8.5,
     "models.memory": 9,

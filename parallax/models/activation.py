@@ -44,7 +44,7 @@ def swiglu(x: Tensor, compiled: bool = False) -> Tensor:
 
 def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(x) and its derivative, both of x's dtype."""
-    y, slope = _by_sigmoid(wide_of(x), _two_c(x), None, None)
+    y, slope = _by_sigmoid(wide_of(x), _two_c(x))
     return y.to(x.dtype), slope.to(x.dtype)
 
 
@@ -52,7 +52,9 @@ def _two_c(x: Tensor) -> Tensor:
     return torch.full((), TWO_C, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
-def _by_sigmoid(x: Tensor, two_c: Tensor, y: Tensor | None, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+def _by_sigmoid(
+    x: Tensor, two_c: Tensor, y: Tensor | None = None, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """gelu(x) and its derivative, in the memory of `y`, which may be x, and `slope` where these are given."""
     s = torch.addcmul(two_c, x, x, value=TWO_C * A).mul_(x).sigmoid_()
     slope = torch.addcmul(two_c, x, x, value=TWO_C * A * 3, out=slope)
@@ -70,7 +72,7 @@ def _in_chunks(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
         if two_c.dtype == x.dtype:
             _by_sigmoid(parts[0], two_c, *parts[1:])
         else:
-            for part, made in zip(parts[1:], _by_sigmoid(wide_of(parts[0]), two_c, None, None), strict=True):
+            for part, made in zip(parts[1:], _by_sigmoid(wide_of(parts[0]), two_c), strict=True):
                 part.copy_(made)
     return y, slope
 

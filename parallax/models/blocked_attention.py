@@ -72,14 +72,18 @@ class _Problems:
     samples: int
     group: int
     groups: int
-    r: int
+    heads: int
+    num_groups: int
 
     def queries(self, x_BTJK: Tensor, start: int, stop: int) -> Tensor:
-        return self._view(x_BTJK, self.group * self.r, self.r, start, stop)
+        r = self.heads // self.num_groups
+        return self._view(x_BTJK, self.group * r, r, start, stop)
 
-    def keys(self, x_BTJK: Tensor, first: int) -> Tensor:
-        """Of key heads, or value heads, of which the first is head `first` of x."""
-        return self._view(x_BTJK, first + self.group, 1, 0, x_BTJK.shape[1])
+    def keys(self, x_BTJK: Tensor) -> Tensor:
+        return self._view(x_BTJK, self.heads + self.group, 1, 0, x_BTJK.shape[1])
+
+    def values(self, x_BTJK: Tensor) -> Tensor:
+        return self._view(x_BTJK, self.heads + self.num_groups + self.group, 1, 0, x_BTJK.shape[1])
 
     def _view(self, x: Tensor, head: int, r: int, start: int, stop: int) -> Tensor:
         of_sample, of_token, of_head, of_number = x.stride()
@@ -92,13 +96,13 @@ def _problems(qkv_BTJK: Tensor, heads: int) -> Iterator[_Problems]:
     """As many at a time as fit into the cache: of a few samples, or some key heads of one."""
     num_samples, length, num_heads, _ = qkv_BTJK.shape
     num_groups = (num_heads - heads) // 2
-    r = heads // num_groups
-    at_once = max(1, AT_ONCE // (r * BLOCK * length))
+    at_once = max(1, AT_ONCE // (heads // num_groups * BLOCK * length))
     groups = min(at_once, num_groups)
     samples = max(1, at_once // groups)
     for sample in range(0, num_samples, samples):
         for group in range(0, num_groups, groups):
-            yield _Problems(sample, min(samples, num_samples - sample), group, min(groups, num_groups - group), r)
+            some = min(samples, num_samples - sample), group, min(groups, num_groups - group)
+            yield _Problems(sample, *some, heads, num_groups)
 
 
 def _side_by_side(part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,8 +147,7 @@ def _attend(some: _Problems, qkv: Tensor, out: Tensor, keeps: bool) -> list[Tens
     """Attention into `out`: problems, in which r query heads of n queries each share their keys, so that one product
     serves them all. Returns what the backward needs: keys, values, and the queries, and probabilities, of each block.
     """
-    heads, num_groups = out.shape[2], (qkv.shape[2] - out.shape[2]) // 2
-    kept = [_side_by_side(some.keys(qkv, first), qkv.dtype) for first in (heads, heads + num_groups)]
+    kept = [_side_by_side(part, qkv.dtype) for part in (some.keys(qkv), some.values(qkv))]
     k_PTK, v_PTK = map(wide_of, kept)
     future = _future(k_PTK)
     with by_faster_library(k_PTK):
@@ -159,7 +162,6 @@ def _attend(some: _Problems, qkv: Tensor, out: Tensor, keeps: bool) -> list[Tens
 
 def _gradient(some: _Problems, kept: Sequence[Tensor], keeps: bool, grad: Tensor, result: Tensor) -> None:
     """The gradient by queries, keys and values, into their places in `result`."""
-    heads, num_groups = grad.shape[2], (result.shape[2] - grad.shape[2]) // 2
     k_PTK, v_PTK = map(wide_of, kept[:2])
     blocks, scale = _blocks(grad.shape[1]), k_PTK.shape[2] ** -0.5
     known: Sequence[Tensor | None] = kept[3::2] if keeps else len(blocks) * [None]
@@ -176,9 +178,8 @@ def _gradient(some: _Problems, kept: Sequence[Tensor], keeps: bool, grad: Tensor
             place = some.queries(result, start, stop)
             place.copy_(_multiply(ds, keys, scale).view(place.shape))
             sum_k = _add(sum_k, _multiply(ds.transpose(1, 2), q_rows, scale))
-    for first, total in ((heads, sum_k), (heads + num_groups, sum_v)):
+    for place, total in ((some.keys(result), sum_k), (some.values(result), sum_v)):
         assert total is not None
-        place = some.keys(result, first)
         place.copy_(total.view(place.shape))
 
 

@@ -49,7 +49,8 @@ def join(schedule: Schedule, costs: Sequence[Cost]) -> Schedule:
     stages = sorted({stage for stage, _ in schedule.splits})
     trials = 2 * schedule.num_microbatches.bit_length()
     affordable = PLAYED_AT_MOST // (trials * len(costs) * sum(map(len, schedule.programs)))
-    for some in [stages, *([stage] for stage in stages)][: affordable if stages else 0]:
+    searches = [stages, *([stage] for stage in stages)] if stages else []
+    for some in searches[:affordable]:
         schedule = _join_first(schedule, some, costs)
     return schedule
 

@@ -10,7 +10,7 @@ from parallax.config_io import load
 from parallax.pipeline import join as joining
 from parallax.pipeline.join import join, likely_costs
 from parallax.pipeline.lower import lower
-from parallax.pipeline.schedule import Action, Op, Schedule
+from parallax.pipeline.schedule import Op, Schedule
 from parallax.pipeline.schedules import SCHEDULES, make_schedule, split_backward
 from parallax.pipeline.search import weighted_peak
 from parallax.pipeline.simulate import Cost, Timeline, simulate
@@ -64,17 +64,18 @@ def test_one_rank_splits_nothing():
 
 
 def test_large_tables_are_searched_as_far_as_time_allows(monkeypatch: pytest.MonkeyPatch):
-    table, costs, numbers = make_schedule("zb-h2", 4, 16), likely_costs(1.0, False), []
-    actions = 10 * 4 * sum(map(len, _first_stage_whole(table)))
-    for searches in (5, 1, 0):
-        monkeypatch.setattr(joining, "PLAYED_AT_MOST", searches * actions)
-        joined = join(table, costs)
-        numbers.append([sum(a.op == Op.I for a in program) for program in joined.programs])
-    assert numbers == [[0, 7, 7, 7], [0, 7, 7, 7], [0, 16, 16, 16]]
-
-
-def _first_stage_whole(table: Schedule) -> list[list[Action]]:
-    return [[a for a in program if not (a.stage == 0 and a.op == Op.W)] for program in table.programs]
+    """Nothing but what nobody waits for, then all stages together, then each alone: fewer and fewer are split."""
+    table = make_schedule("zb-h2", 4, 16)
+    costs = likely_costs([1.0 + 0.1 * stage for stage in range(table.num_stages)], False)
+    monkeypatch.setattr(joining, "PLAYED_AT_MOST", 0)
+    unsearched = join(table, costs)
+    assert len(unsearched.splits) == 3 * 16
+    one_search = 2 * (16).bit_length() * len(costs) * sum(map(len, unsearched.programs))
+    left = [len(unsearched.splits)]
+    for searches in (1, 4):
+        monkeypatch.setattr(joining, "PLAYED_AT_MOST", searches * one_search)
+        left.append(len(join(table, costs).splits))
+    assert left[0] > left[1] > left[2]
 
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), [("zb-v", 8, 64), ("zb-h2", 16, 64), ("zb-v", 32, 256)])
