@@ -19,6 +19,7 @@ from torch import Tensor
 from parallax.corpus import TokenStream
 from parallax.errors import ConfigError
 from parallax.rng import derive_key
+from parallax.transfer import to_device
 
 __all__ = ["IGNORE", "Batch", "Microbatch", "batch_at", "sample_window", "token_batches", "validation_batches"]
 
@@ -46,7 +47,11 @@ class Batch(Microbatch):
     @property
     def num_tokens(self) -> int:
         """Targets that count."""
-        return int((self.targets_BT != IGNORE).sum())
+        return int(self.count())
+
+    def count(self) -> Tensor:
+        """`num_tokens` where the batch lies: an int64 scalar that nobody has waited for."""
+        return (self.targets_BT != IGNORE).sum()
 
     def split(self, num_microbatches: int) -> list[Microbatch]:
         """Equal runs of samples, in order. Raises ConfigError where it does not divide."""
@@ -106,7 +111,7 @@ def _batch(
     for row, window in zip(rows, windows, strict=True):
         if window is not None:
             _window(stream, window, length, row)
-    data = torch.from_numpy(rows).to(device)
+    data = to_device(torch.from_numpy(rows), device)
     samples = torch.arange(first, first + len(windows), device=device)
     return Batch(data[:, 0].contiguous(), data[:, 1].contiguous(), samples, step)
 

@@ -25,8 +25,8 @@ __all__ = ["check_replicas"]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def checksum(values: Tensor) -> int:
-    """The sum of the values' bits, as integers that wrap: any one flipped bit changes it."""
+def checksum(values: Tensor) -> Tensor:
+    """The sum of the values' bits, as integers that wrap: any one flipped bit changes it. An int64 scalar."""
     flat = values.detach().reshape(-1)
     # Eight bytes to an integer: many times as fast as to widen each value.
     each = 8 // flat.element_size()
@@ -34,7 +34,7 @@ def checksum(values: Tensor) -> int:
         flat = flat.clone()
     whole = flat.numel() // each * each
     rest = flat[whole:].view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
-    return int((rest + flat[:whole].view(torch.int64).sum()).item())
+    return rest + flat[:whole].view(torch.int64).sum()
 
 
 def check_replicas(run: Run) -> None:
@@ -48,7 +48,8 @@ def check_replicas(run: Run) -> None:
         run.sync.gather_all()
     rows = list(_rows(run))
     names = [name for name, _, _ in rows]
-    sums = torch.tensor([value for _, value, _ in rows], dtype=torch.int64, device=run.mesh.device)
+    sums = torch.stack([value for _, value, _ in rows]) if rows else torch.zeros(0, dtype=torch.int64)
+    sums = sums.to(run.mesh.device)
     problems = []
     copies = run.replicas if run.config.data.zero == 3 else run.mesh.grad
     everyone = [tuple(range(copies.size))] * len(rows)
@@ -69,7 +70,7 @@ def check_replicas(run: Run) -> None:
         )
 
 
-def _rows(run: Run) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _rows(run: Run) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
     """(canonical name, checksum, coordinates along tensor of those that hold the same) of what this rank holds."""
     for flat in run.flats.values():
         if run.config.data.zero == 3:
@@ -98,11 +99,11 @@ def _differences(
     return problems
 
 
-def _tied(run: Run, rows: Sequence[tuple[str, int, tuple[int, ...]]]) -> list[tuple[str, str]]:
+def _tied(run: Run, rows: Sequence[tuple[str, Tensor, tuple[int, ...]]]) -> list[tuple[str, str]]:
     """Tied weights whose two uses lie on two stages; the later one is said to differ."""
     problems = []
     for tie in run.sync.ties if run.config.data.zero < 3 else ():
-        mine = [value for name, value, _ in rows if name == tie.name]
+        mine = [int(value) for name, value, _ in rows if name == tie.name]
         every = gather_json(mine, run.mesh.pipeline, run.mesh.device)
         first, last = every[tie.ranks[0]][0], every[tie.ranks[1]][-1]
         if first != last and run.mesh.pipeline.rank == tie.ranks[1]:

@@ -18,6 +18,7 @@ from parallax.postmortem import find_origin
 from parallax.precision.loss_scale import LossScale
 from parallax.replicas import check_replicas
 from parallax.stop import Stop
+from parallax.transfer import to_device
 
 if TYPE_CHECKING:
     from parallax.assemble import Run
@@ -72,11 +73,12 @@ def train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None = No
 
 
 def _train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None) -> StepResult:
-    tokens = count_tokens(batch, run.mesh)
+    count = count_tokens(batch, run.mesh)
     scale = state.loss_scale.value
     run.sync.zero(scale)
-    scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=scale / max(1, tokens))
-    loss, norm = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards, stop)
+    each = scale * count.clamp(min=1).double().reciprocal()
+    scaled = run.pipeline.run(batch.split(run.schedule.num_microbatches), scale=each)
+    loss, norm, tokens = global_loss_and_norm(scaled, run.grads, run.order, run.mesh, run.shards, stop, count)
     loss, norm = loss / scale, norm / scale
     config = run.config.optimizer
     lr = config.lr_at(state.step, run.config.steps)
@@ -124,10 +126,11 @@ def explain(run: Run, state: TrainState, batch: Batch, tokens: int, loss: float,
     )
 
 
-def count_tokens(batch: Batch, mesh: Mesh) -> int:
-    """Targets in the global batch: an all-reduce of one integer over mesh.grad."""
-    count = torch.tensor([batch.num_tokens], dtype=torch.int64, device=mesh.device)
-    return int(all_reduce(count, mesh.grad).item())
+def count_tokens(batch: Batch, mesh: Mesh) -> Tensor:
+    """Targets in the global batch, an int64 scalar: an all-reduce of one integer over mesh.grad. It stays where the
+    batch is, so that a GPU gets its work of the step before the count is known to the host.
+    """
+    return all_reduce(batch.count()[None], mesh.grad)[0]
 
 
 def global_loss_and_norm(
@@ -137,33 +140,38 @@ def global_loss_and_norm(
     mesh: Mesh,
     shards: Axis | None = None,
     stop: Stop | None = None,
-) -> tuple[float, float]:
-    """The loss of the global batch and the norm of its gradient: the same bits on every rank.
+    count: Tensor | None = None,
+) -> tuple[float, float, int]:
+    """The loss of the global batch, the norm of its gradient, the same bits on every rank, and the count.
 
     The sum of squares of each parameter is taken in float64 and laid in a vector by canonical order, so that no
     stage split changes the order in which they are added; a parameter that several ranks hold counts once.
     A norm that is not finite on one rank is so on all, whatever the cause: nobody takes a step that another skips.
-    shards: the axis over which the gradients are cut (ZeRO). stop: is agreed if any rank wishes it. Collectives: 8
-    bytes a canonical parameter and 16 more over shards, tensor and pipeline, then 24 bytes over mesh.grad.
+    shards: the axis over which the gradients are cut (ZeRO). stop: is agreed if any rank wishes it. count: of
+    `count_tokens`. All of it is read at once: the only place of a step where the host waits for the device.
+    Collectives: 8 bytes a canonical parameter and 16 more over shards, tensor and pipeline, 24 bytes over mesh.grad.
     """
     vector = torch.zeros(len(order) + 2, dtype=torch.float64, device=mesh.device)
     counted = [(spec, grad) for spec, grad in grads if spec.owned and grad.numel()]
     if counted:
-        squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for _, grad in counted]).square_()
+        norms = torch._foreach_norm([grad for _, grad in counted], 2, dtype=torch.float64)  # on a GPU a few kernels
         # A parameter may be in several pieces here, added up in their order.
-        vector.index_add_(0, torch.tensor([order[spec.name] for spec, _ in counted], device=mesh.device), squares)
+        places = torch.tensor([order[spec.name] for spec, _ in counted])
+        vector.index_add_(0, to_device(places, mesh.device), torch.stack(norms).square_())
     if shards is not None:
         all_reduce(vector, shards)
     if mesh.tensor.rank == 0:  # tensor ranks hold the same loss
         vector[-2] = scaled_loss.detach()
-    vector[-1] = float(stop is not None and stop.wished)
+    vector[-1].fill_(stop is not None and stop.wished)  # an assignment would wait for a GPU
     all_reduce(all_reduce(vector, mesh.tensor), mesh.pipeline)
     total = vector[:-2].sum()
     overflow = torch.where(total.isfinite(), 0.0, total)
-    loss, wishes, bad = all_reduce(torch.stack([vector[-2], vector[-1], overflow]), mesh.grad).tolist()
+    shared = all_reduce(torch.stack([vector[-2], vector[-1], overflow]), mesh.grad)
+    known = torch.stack([total, total.new_zeros(()) if count is None else count.double()])
+    loss, wishes, bad, total_squares, tokens = torch.cat([shared, known]).tolist()
     if stop is not None and wishes > 0:
         stop.agreed = True
-    return loss, bad if bad else math.sqrt(total.item())
+    return loss, bad if bad else math.sqrt(total_squares), int(tokens)
 
 
 def clip_gradients(flat_grads: Sequence[Tensor], norm: float, max_norm: float, scale: float = 1.0) -> None:
@@ -188,8 +196,8 @@ def evaluate(run: Run, batches: Iterable[Batch], stop: Stop | None = None) -> fl
     for batch in batches:
         count = count_tokens(batch, run.mesh)
         losses = run.evaluator.run(batch.split(run.schedule.num_microbatches), scale=1.0)
-        loss, _ = global_loss_and_norm(losses, (), {}, run.mesh, stop=stop)
-        total, tokens = total + loss, tokens + count
+        loss, _, targets = global_loss_and_norm(losses, (), {}, run.mesh, stop=stop, count=count)
+        total, tokens = total + loss, tokens + targets
         if stop is not None and stop.agreed:
             break
     for stage in run.stages.values():

@@ -85,7 +85,7 @@ class Optimizer(torch.optim.Optimizer):
         flat, model = self.model.flat, self.model
         pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
         zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
-        _, norm = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
+        _, norm, _ = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
         clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
         return norm
 

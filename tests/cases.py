@@ -76,7 +76,8 @@ def make_batch(config: Config, mesh: Mesh, step: int) -> Batch:
     targets[torch.rand(size, length, generator=generator) < share] = IGNORE
     each = size // mesh.data.size
     mine = slice(mesh.data.rank * each, (mesh.data.rank + 1) * each)
-    return Batch(tokens[mine, :-1].contiguous(), targets[mine], torch.arange(size)[mine], step)
+    parts = (tokens[mine, :-1].contiguous(), targets[mine], torch.arange(size)[mine])
+    return Batch(*(part.to(mesh.device) for part in parts), step)
 
 
 def start(mesh: str, **changes: Any) -> tuple[Run, TrainState]:

@@ -22,6 +22,7 @@ RANK = {
     "plain_json": 0,
     "allocator": 0,
     "processor": 0,
+    "transfer": 0,
     "compiled": 1,
     "shared_memory": 1,
     "mesh": 2,

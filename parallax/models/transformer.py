@@ -210,7 +210,7 @@ class Head(ColumnParallelLinear):
         layout = vocab_layout(config.vocab, config.hidden, mesh.tensor, (start, stop), config.init_std)
         self.layouts = {"weight": (replace(layout, tied_to=TIED[0] if config.tie_embeddings else None),)}
 
-    def forward(self, x: Tensor, targets_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, targets_N: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
         """Logits [N, v]; the loss where there are targets."""
         if targets_N is None:
             return super().forward(x)
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         tokens = num_samples * sequence_length
         return (tokens // (self.mesh.tensor.size if self.sequence_parallel else 1), self.config.hidden)
 
-    def forward(self, x: Tensor | None, microbatch: Microbatch, scale: float) -> Tensor:
+    def forward(self, x: Tensor | None, microbatch: Microbatch, scale: float | Tensor) -> Tensor:
         rows = TokenRows(microbatch, self.mesh, self.sequence_parallel)
         drop_seed = self.seed if self.training and self.config.dropout > 0 else None
         if self.embedding is not None:

@@ -28,9 +28,9 @@ RMS = 0.2
 def orthogonalise(matrix: Tensor) -> Tensor:
     """About U V^T of the singular value decomposition: five Newton-Schulz iterations, singular values in 0.7 to 1.2.
 
-    matrix: [A, B]. On a GPU the iterations run in bfloat16, elsewhere in the matrix's own dtype.
+    matrix: [A, B]. On a GPU the iterations run in bfloat16, but for float64; elsewhere in the matrix's own dtype.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = matrix.bfloat16() if matrix.is_cuda and matrix.dtype != torch.float64 else matrix
     if tall := x.shape[0] > x.shape[1]:
         x = x.T
     x = x / (x.norm() + 1e-7)

@@ -28,7 +28,7 @@ class StageModule(Protocol):
 
     dtype: torch.dtype
 
-    def __call__(self, x: Tensor | None, microbatch: Any, scale: float) -> Tensor: ...
+    def __call__(self, x: Tensor | None, microbatch: Any, scale: float | Tensor) -> Tensor: ...
 
     def boundary_shape(self, num_samples: int, sequence_length: int) -> tuple[int, ...]: ...
 
@@ -116,14 +116,14 @@ class Executor:
             Op.REDUCE_GRAD: lambda action: self.sync.reduce(action.stage),
         }
 
-    def run(self, microbatches: Sequence[Any], *, scale: float) -> Tensor:
+    def run(self, microbatches: Sequence[Any], *, scale: float | Tensor) -> Tensor:
         """Run the program. Returns scale times this rank's sum of losses: a float64 scalar, 0 off the last stage."""
         for waiting in self.steps(microbatches, scale=scale):
             if waiting is not None:
                 raise ScheduleError(f"pipeline rank {self.rank} waits for {waiting} and nobody else runs")
         return self.loss
 
-    def steps(self, microbatches: Sequence[Any], *, scale: float) -> Iterator[Action | None]:
+    def steps(self, microbatches: Sequence[Any], *, scale: float | Tensor) -> Iterator[Action | None]:
         """Run the program an action at a time: yields None after each, or the action that must wait."""
         self._begin(microbatches, scale)
         for action in self.program:
@@ -143,7 +143,7 @@ class Executor:
         if self.trains:
             self.sync.finish()
 
-    def _begin(self, microbatches: Sequence[Any], scale: float) -> None:
+    def _begin(self, microbatches: Sequence[Any], scale: float | Tensor) -> None:
         if len(microbatches) != self.schedule.num_microbatches:
             raise ScheduleError(
                 f"{len(microbatches)} microbatches given, schedule {self.schedule.name} has "

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from parallax.comm import all_gather, all_reduce_start, reduce_scatter_start
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
-from parallax.tensor.loss import CrossEntropy
+from parallax.tensor.loss import cross_entropy_of
 from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
 
 __all__ = ["OutputLayer", "linear_cross_entropy"]
 
-LOGITS_AT_ONCE = 1 << 22
+LOGITS_AT_ONCE, ON_A_GPU = 1 << 22, 1 << 26
+"""Logits of a chunk on this rank, 4 to 6 bytes each. A GPU wants products of many rows and few kernels."""
 
 
 class OutputLayer(Protocol):
@@ -34,13 +35,13 @@ def linear_cross_entropy(
     *,
     vocab_range: tuple[int, int],
     ignore_index: int = -100,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     """`vocab_parallel_cross_entropy(layer(x), ...)` without the logits: a float64 scalar.
 
     x_ND, or x_nD with the layer's sequence parallelism. Logits, their gradient, and from it both the input's and the
-    weight's are made in the forward, for some 4 million logits at once; from there to the backward it holds [N, D] and
-    [v, D] in place of [N, v]. Flops: those of the two apart.
+    weight's are made in the forward, for some 4 million logits at once (on a GPU 64 million); from there to the
+    backward it holds [N, D] and [v, D] in place of [N, v]. Flops: those of the two apart.
     Collectives: those of the layer, and one all-gather of 3 numbers a token over tensor, chunk by chunk.
     """
     return _LinearCrossEntropy.apply(
@@ -58,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         vocab_range: tuple[int, int],
         ignore_index: int,
-        scale: float,
+        scale: float | Tensor,
         trains: bool,
     ) -> Tensor:
         x_ND = all_gather(x, layer.tensor) if layer.sequence_parallel else x
@@ -66,12 +67,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         grad_x = torch.empty_like(x_ND) if trains else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if trains else None
-        step = max(1, LOGITS_AT_ONCE // max(1, weight.shape[0]))
+        step = max(1, (ON_A_GPU if x.is_cuda else LOGITS_AT_ONCE) // max(1, weight.shape[0]))
         for at in range(0, x_ND.shape[0], step):
             rows = slice(at, at + step)
             logits = linear(x_ND[rows], weight, None)
             out = logits if trains else None
-            chunk = CrossEntropy(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index, scale, out)
+            chunk = cross_entropy_of(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index, scale, out)
             loss += chunk.loss
             if grad_x is None or grad_weight is None:
                 continue

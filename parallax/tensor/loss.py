@@ -10,10 +10,12 @@ from torch import Tensor
 from parallax.comm import all_gather
 from parallax.mesh import Axis
 
-__all__ = ["CrossEntropy", "vocab_parallel_cross_entropy"]
+__all__ = ["CrossEntropy", "WholeCrossEntropy", "cross_entropy_of", "vocab_parallel_cross_entropy"]
 
 CHUNK_ELEMENTS = 1 << 20
-"""Logits worked on at once: the temporaries of one chunk, not of [N, V], are what the loss needs beside its result."""
+"""Logits worked on at once on a CPU: the temporaries of one chunk, not of [N, V], are what the loss needs beside its
+result, and they stay in its cache.
+"""
 
 
 def vocab_parallel_cross_entropy(
@@ -24,23 +26,28 @@ def vocab_parallel_cross_entropy(
     vocab_range: tuple[int, int],
     ignore_index: int = -100,
     overwrite: bool = False,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     """scale times the sum of -log softmax(logits)[target] over the tokens that are not ignored: a float64 scalar.
 
     logits_Nv: this rank's columns, for the vocabulary [start, stop) of vocab_range; columns beyond stop - start are
     padding and take no part. targets_N: int64, global ids. A sum, not a mean: the caller divides by the global token
-    count through scale, by which the gradient is multiplied before it is rounded to the dtype of the logits. The
-    gradient is taken in the forward, in chunks of tokens; with `overwrite` it replaces the logits in their own memory
-    (then nothing else may need them), otherwise it takes one more copy of [N, v].
+    count through scale (a number, or a scalar where the logits are), by which the gradient is multiplied before it is
+    rounded to the dtype of the logits. The gradient is taken in the forward; with `overwrite` it replaces the logits in
+    their own memory (then nothing else may need them), otherwise it takes one more copy of [N, v].
     Collectives: one all-gather of 3N numbers (each rank's maximum, sum of exponentials at that maximum, target logit).
     Source: arXiv:1909.08053, section 3, with the maximum and both sums in one message.
     """
     return _CrossEntropy.apply(logits_Nv, targets_N, tensor, vocab_range, ignore_index, overwrite, scale)
 
 
+def cross_entropy_of(logits: Tensor, *args: Any) -> CrossEntropy:
+    """The one that suits the device: `CrossEntropy(logits, *args)` takes the same."""
+    return (WholeCrossEntropy if logits.is_cuda else CrossEntropy)(logits, *args)
+
+
 class CrossEntropy:
-    """The loss of [N, v] logits, and what its gradient takes: see `vocab_parallel_cross_entropy`.
+    """The loss of [N, v] logits, and what its gradient takes, in chunks of tokens: see `vocab_parallel_cross_entropy`.
 
     out: [N, v], where the gradient will go, which may be the logits themselves; None where there will be none. Until
     then it holds the exponentials, if it is wide enough for them: they are not taken twice.
@@ -53,7 +60,7 @@ class CrossEntropy:
         tensor: Axis,
         vocab_range: tuple[int, int],
         ignore_index: int,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         out: Tensor | None = None,
     ) -> None:
         start, stop = vocab_range
@@ -110,6 +117,41 @@ class CrossEntropy:
         return self.out
 
 
+class WholeCrossEntropy(CrossEntropy):
+    """The same for a GPU, where every operation is a kernel to be launched and every pass one over its memory: all
+    tokens at once, their probabilities by torch's own softmax and kept for the gradient.
+
+    Beside the logits it takes 4 bytes for each (8 in float64); in bfloat16 it moves some 16 bytes a logit, forward and
+    backward, where passes of its own would come to 58.
+    """
+
+    def _own_statistics(self, wide: torch.dtype) -> Tensor:
+        own = torch.zeros(3, self.logits.shape[0], dtype=wide, device=self.logits.device)
+        if not self.size:
+            own[0] = -torch.inf
+            return own
+        logits = self.logits[:, : self.size]
+        maximum_N, at_N = logits.max(-1)
+        self.probabilities = torch.softmax(logits, -1, dtype=wide)
+        own[0] = maximum_N
+        own[1] = self.probabilities.gather(-1, at_N[:, None]).squeeze(-1).reciprocal_()  # there it is 1 over the sum
+        own[2] = logits.gather(-1, self.local[:, None]).squeeze(-1)
+        own[2].masked_fill_(~self.mine, 0)
+        self.sum_N = own[1]
+        return own
+
+    def gradient(self) -> Tensor:
+        assert self.out is not None, "nobody has said where the gradient goes"
+        if self.size:
+            place, at = self.out[:, : self.size], self.local[:, None]
+            share_N1 = (self.to_softmax_N * self.sum_N * self.factor_N)[:, None]
+            target_N1 = self.probabilities.gather(-1, at) * share_N1 - (self.factor_N * self.mine)[:, None]
+            torch.mul(self.probabilities, share_N1, out=place)
+            place.scatter_(-1, at, target_N1.to(place.dtype))  # not added to what is rounded already
+        self.out[:, self.size :] = 0
+        return self.out
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,10 +162,10 @@ class _CrossEntropy(torch.autograd.Function):
         vocab_range: tuple[int, int],
         ignore_index: int,
         overwrite: bool,
-        scale: float,
+        scale: float | Tensor,
     ) -> Tensor:
         out = logits if overwrite else torch.empty_like(logits)
-        found = CrossEntropy(logits, targets_N, tensor, vocab_range, ignore_index, scale, out)
+        found = cross_entropy_of(logits, targets_N, tensor, vocab_range, ignore_index, scale, out)
         ctx.save_for_backward(found.gradient())
         return found.loss
 

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,7 @@ def train_on(device: str, changes: dict[str, Any]) -> list[tuple[float, float]]:
     run, state = assemble(config, init_mesh("1x1x1", device_type=device))
     rows = []
     for step in range(4):
-        batch = make_batch(config, run.mesh, step)
-        moved = {name: getattr(batch, name).to(run.mesh.device) for name in ("tokens_BT", "targets_BT", "samples_B")}
-        result = train_step(run, state, type(batch)(**moved, step=step))
+        result = train_step(run, state, make_batch(config, run.mesh, step))
         rows.append((result.loss, result.grad_norm))
     return rows
 
@@ -84,8 +83,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def parity_rows(mesh: str, size: int, folder: Path, options: list[str]) -> list[dict[str, float]]:
-    """Ranks that share one GPU: NCCL takes them when each believes to be on a host of its own."""
+def parity_rows(
+    mesh: str, size: int, folder: Path, options: list[str], command: Sequence[str] = (sys.executable,)
+) -> list[dict[str, float]]:
+    """Ranks that share one GPU: NCCL takes them when each believes to be on a host of its own. command: what runs a
+    script.
+    """
     port, result = free_port(), folder / f"{mesh}.json"
     processes = []
     for rank in range(size):
@@ -99,7 +102,7 @@ def parity_rows(mesh: str, size: int, folder: Path, options: list[str]) -> list[
             "NCCL_HOSTID": str(rank),
             "NCCL_SOCKET_IFNAME": "lo",
         }
-        line = [sys.executable, "-m", "parallax.parity", str(result), *options, f"mesh={mesh}"]
+        line = [*command, str(ROOT / "parallax/parity.py"), str(result), *options, f"mesh={mesh}"]
         processes.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         errors = [process.communicate(timeout=240)[1] for process in processes]

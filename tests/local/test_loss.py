@@ -20,13 +20,21 @@ from parallax.tensor.loss import vocab_parallel_cross_entropy
 ALONE = Axis("tensor")
 
 
+@pytest.fixture(params=["in chunks", "whole, as on a GPU"])
+def either(request, monkeypatch):
+    """Both ways to take the loss; a GPU's is the same operations anywhere."""
+    if request.param != "in chunks":
+        for file in (loss_file, fused_loss):
+            monkeypatch.setattr(file, "cross_entropy_of", loss_file.WholeCrossEntropy)
+
+
 def ours(logits: Tensor, targets: Tensor, vocab: int, **options: bool) -> Tensor:
     return vocab_parallel_cross_entropy(logits, targets, ALONE, vocab_range=(0, vocab), **options)
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_it_is_torch_s_sum_of_losses(monkeypatch, chunk: int, overwrite: bool):
+def test_it_is_torch_s_sum_of_losses(monkeypatch, either, chunk: int, overwrite: bool):
     """Ignored targets count nothing; columns beyond the vocabulary are padding; any chunk size is the same."""
     monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
@@ -57,7 +65,7 @@ class Output(torch.nn.Module):
 
 @pytest.mark.parametrize("at_once", [1, 50, 1 << 22])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
-def test_fused_with_its_layer_it_is_the_same(monkeypatch, at_once: int, dtype: torch.dtype, bound: float):
+def test_fused_with_its_layer_it_is_the_same(monkeypatch, either, at_once: int, dtype: torch.dtype, bound: float):
     monkeypatch.setattr(fused_loss, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     x, weight = torch.randn(9, 6, dtype=dtype), torch.randn(16, 6, dtype=dtype)
@@ -96,7 +104,7 @@ def test_the_logits_are_never_there():
     assert 20e6 < grown < 100e6, f"{grown / 1e6:.0f} MB; the logits alone are 537 MB"
 
 
-def test_huge_logits_do_not_overflow():
+def test_huge_logits_do_not_overflow(either):
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 0.0]], requires_grad=True)
     total = ours(logits * 1.0, torch.tensor([0, 1]), 3)
     total.backward()
@@ -104,7 +112,7 @@ def test_huge_logits_do_not_overflow():
     assert logits.grad is not None and bool(logits.grad.isfinite().all())
 
 
-def test_all_ignored_is_zero_loss_and_zero_gradient():
+def test_all_ignored_is_zero_loss_and_zero_gradient(either):
     logits = torch.randn(4, 5, requires_grad=True)
     total = ours(logits * 1.0, torch.full((4,), -100), 5)
     total.backward()
@@ -112,12 +120,24 @@ def test_all_ignored_is_zero_loss_and_zero_gradient():
     assert logits.grad is not None and not logits.grad.any()
 
 
-def test_bfloat16_logits_are_summed_in_float32():
+def test_bfloat16_logits_are_summed_in_float32(either):
     torch.manual_seed(0)
     logits = torch.randn(8, 4096).bfloat16()
     targets = torch.randint(0, 4096, (8,))
     reference = F.cross_entropy(logits.double(), targets, reduction="sum")
     torch.testing.assert_close(ours(logits.clone(), targets, 4096), reference, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sure_token_s_gradient_is_not_lost_in_rounding(either, dtype: torch.dtype):
+    """softmax - 1 of a probability of 0.9999: rounded to bfloat16 before the 1 is taken away it would be 0."""
+    logits = torch.zeros(2, 16, dtype=dtype)
+    logits[:, 3] = 12.0
+    mine = logits.clone().requires_grad_()
+    ours(mine * 1.0, torch.tensor([3, 3]), 16).backward()
+    exact = logits.double().requires_grad_()
+    F.cross_entropy(exact, torch.tensor([3, 3]), reduction="sum").backward()
+    torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-2, atol=0)
 
 
 def test_peak_memory_is_less_than_half_a_copy_of_the_logits():
@@ -145,14 +165,15 @@ def test_peak_memory_is_less_than_half_a_copy_of_the_logits():
     assert 0.9 * logits_bytes < int(done.stdout) < 1.5 * logits_bytes
 
 
+@pytest.mark.parametrize("scale", [1 / 253, torch.tensor(1 / 253, dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_scale_is_not_rounded_to_bfloat16(fused: bool):
+def test_a_scale_is_not_rounded_to_bfloat16(either, fused: bool, scale: float | Tensor):
     """1/253 in bfloat16 is 0.3 % off, and so would be the gradients of all that is below the head."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 32, generator=generator).mul_(size).bfloat16() for n, size in ((256, 1.0), (64, 0.1)))
     targets = torch.randint(0, 64, (256,), generator=generator)
     narrow, exact = x.clone().requires_grad_(), x.double().requires_grad_()
-    options = {"vocab_range": (0, 64), "scale": 1 / 253}
+    options = {"vocab_range": (0, 64), "scale": scale}
     if fused:
         layer = ColumnParallelLinear(32, 64, ALONE, bias=False, dtype=torch.bfloat16)
         layer.weight.data.copy_(w)

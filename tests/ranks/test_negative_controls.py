@@ -59,8 +59,8 @@ def count_replicated_gradients_twice() -> None:
 def average_the_means() -> None:
     """Each rank divides by its own token count, then the ranks are averaged."""
 
-    def local(batch: Any, mesh: Any) -> int:
-        return batch.num_tokens * mesh.grad.size
+    def local(batch: Any, mesh: Any) -> Any:
+        return batch.count() * mesh.grad.size
 
     parallax.step.count_tokens = local
 

@@ -1,0 +1,109 @@
+"""What the tests run in a process with the simulated device. Each takes the device first, and gives JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.simulated.device import Device
+
+Rows = list[tuple[float, float]]
+
+
+def train(device: Device, changes: dict[str, Any], steps: int = 3) -> dict[str, Any]:
+    """Loss and gradient norm of each step, how often the host waited in it, and the kernels of the last step."""
+    from parallax.assemble import assemble
+    from parallax.mesh import init_mesh
+    from parallax.step import train_step
+    from tests.cases import make_batch, make_config
+
+    config = make_config("1x1x1", **changes)
+    run, state = assemble(config, init_mesh("1x1x1", device_type="cuda"))
+    rows, waits = [], []
+    for step in range(steps):
+        batch = make_batch(config, run.mesh, step)
+        kernels, waited = device.kernels(), device.waits
+        result = train_step(run, state, batch)
+        rows.append((result.loss, result.grad_norm))
+        waits.append(device.waits - waited)
+    return {"rows": rows, "waits": waits, "kernels": device.kernels() - kernels}
+
+
+def train_several(device: Device, every: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [train(device, changes) for changes in every]
+
+
+def read_batches(device: Device) -> int:
+    """How often the host waits for the batches of a corpus."""
+    from parallax.batches import token_batches
+    from parallax.corpus import corpus_for
+    from tests.cases import make_config
+
+    corpus = corpus_for(make_config("1x1x1", **{"model.vocab": 256}))
+    batches = token_batches(corpus.train, seed=0, global_size=4, sequence_length=16, device="cuda")
+    first = next(batches)
+    waited = device.waits
+    second = next(batches)
+    told = device.waits - waited
+    again = next(token_batches(corpus.train, seed=0, global_size=4, sequence_length=16, start_step=1))
+    assert first.tokens_BT.is_cuda and second.tokens_BT.cpu().equal(again.tokens_BT)
+    return told
+
+
+def evaluate(device: Device, changes: dict[str, Any], num_batches: int) -> int:
+    """How often the host waits for the validation loss of some batches."""
+    import parallax.step
+    from parallax.assemble import assemble
+    from parallax.mesh import init_mesh
+    from tests.cases import make_batch, make_config
+
+    config = make_config("1x1x1", **changes)
+    run, _ = assemble(config, init_mesh("1x1x1", device_type="cuda"))
+    batches = [make_batch(config, run.mesh, step) for step in range(num_batches)]
+    waited = device.waits
+    parallax.step.evaluate(run, batches)
+    return device.waits - waited
+
+
+def loss_kernels(device: Device, num_tokens: int, vocab: int) -> dict[str, Any]:
+    """Kernels that the output layer with its loss launches, forward and backward."""
+    import torch
+
+    from parallax.mesh import Axis
+    from parallax.models.costs import fuses_loss
+    from parallax.tensor.fused_loss import linear_cross_entropy
+    from parallax.tensor.layers import ColumnParallelLinear
+
+    layer = ColumnParallelLinear(8, vocab, Axis("tensor"), bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(num_tokens, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, vocab, (num_tokens,), device="cuda")
+    before = device.kernels()
+    linear_cross_entropy(x, layer, targets, vocab_range=(0, vocab)).backward()
+    return {"fused": fuses_loss(num_tokens, vocab), "kernels": sum((device.kernels() - before).values())}
+
+
+def hazards(device: Device) -> dict[str, Any]:
+    """That the device tells what it is there to tell."""
+    import torch
+
+    here, there = torch.arange(4.0), torch.arange(4.0, device="cuda")
+    found: dict[str, Any] = {}
+    try:
+        here + there
+    except RuntimeError as error:
+        found["mixed"] = str(error)
+    pinned = torch.zeros(4, pin_memory=True)
+    waited = device.waits
+    pinned.copy_(there, non_blocking=True)
+    found["before"] = bool(pinned.isnan().all())
+    torch.cuda.current_stream().synchronize()
+    found["after"], found["quiet"] = pinned.equal(here), device.waits - waited
+    torch.zeros(4).copy_(there, non_blocking=True)
+    there.sum().item()
+    here.to("cuda")
+    found["waits"] = device.waits - waited
+    held = device.held
+    kept = torch.empty(1000, device="cuda")
+    found["bytes"] = device.held - held
+    kept.untyped_storage().resize_(0)
+    found["freed"] = device.held - held
+    return found
