@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["derive_key", "fill_normal", "keep_mask", "random_bits"]
+__all__ = ["derive_key", "fill_normal", "keep_mask", "kept", "mask_seeds", "random_bits", "threshold"]
 
 TILE = 256
 MASK = 0xFFFFFFFF
@@ -41,16 +41,31 @@ def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
     (*rows.shape, num_columns). Element (row, column) depends on (key, row, column) alone, so any slice of the
     rows gives that slice of the mask.
     """
-    seeds, columns = _seeds(rows, key), _column_seeds(0, num_columns, rows.device)
+    seeds, columns = mask_seeds(rows, num_columns, key)
     keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool, device=rows.device)
     # In runs of rows that stay in the cache; a GPU takes them all at once.
     step = seeds.shape[0] if rows.is_cuda else max(1, CACHED_ELEMENTS // max(1, num_columns))
     for start in range(0, seeds.shape[0], max(1, step)):
         part = slice(start, start + step)
-        mixed = _mix32(seeds[part] + columns)
-        # The numbers are unsigned: with the highest bit flipped a signed comparison orders them so.
-        torch.ge(mixed.bitwise_xor_(SIGN), round(drop * 2**32) + SIGN, out=keep[part])
+        keep[part] = kept(seeds[part], columns, threshold(drop))
     return keep.view(*rows.shape, num_columns)
+
+
+def mask_seeds(rows: Tensor, num_columns: int, key: int) -> tuple[Tensor, Tensor]:
+    """What `kept` takes for these rows and columns: int32 [number of rows, 1] and [num_columns]."""
+    return _seeds(rows, key), _column_seeds(0, num_columns, rows.device)
+
+
+def threshold(drop: float) -> int:
+    """What `kept` takes for a probability. The numbers are unsigned: with the highest bit flipped a signed comparison
+    orders them so.
+    """
+    return round(drop * 2**32) + SIGN
+
+
+def kept(seeds: Tensor, columns: Tensor, least: int) -> Tensor:
+    """The mask: elementwise, so that a compiler makes one kernel of it."""
+    return _mix32(seeds + columns).bitwise_xor_(SIGN) >= least
 
 
 def random_bits(rows: Tensor, columns: tuple[int, int], key: int) -> Tensor:

@@ -160,4 +160,4 @@ class Attention(nn.Module):
         row = rows.samples_B[:, None] * self.num_heads + heads
         row = row[:, :, None] * length + torch.arange(length, device=q.device)
         key = derive_key(seed, rows.step, self.index, "probabilities")
-        return keyed_dropout(probabilities, row, key, self.dropout) @ v
+        return keyed_dropout(probabilities, row, key, self.dropout, self.compiled) @ v

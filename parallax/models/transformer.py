@@ -164,6 +164,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). x_nD -> x_nD."""
 
+    compiled = False
+
     def __init__(
         self, index: int, config: ModelConfig, mesh: Mesh, sequence_parallel: bool, dtype: torch.dtype
     ) -> None:
@@ -182,7 +184,8 @@ class Layer(nn.Module):
     def _drop(self, y: Tensor, rows: TokenRows, seed: int | None, where: str) -> Tensor:
         if seed is None or self.dropout == 0:
             return y
-        return keyed_dropout(y, rows.rows_n, derive_key(seed, rows.step, self.index, where), self.dropout)
+        key = derive_key(seed, rows.step, self.index, where)
+        return keyed_dropout(y, rows.rows_n, key, self.dropout, self.compiled)
 
 
 class Head(ColumnParallelLinear):
@@ -247,7 +250,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.seed, self.dtype = config, mesh, seed, dtype
-        self.recompute, self.offload = recompute, offload
+        self.recompute, self.offload, self.compiled = recompute, offload, compiled
         self.sequence_parallel = sequence_parallel and mesh.tensor.size > 1
         self._rotary: Tensor | None = None
         args = (config, mesh, self.sequence_parallel, dtype)
@@ -277,7 +280,7 @@ class Transformer(nn.Module):
             x = embedded = self.embedding(microbatch.tokens_BT, rows)
             if drop_seed is not None:
                 key = derive_key(drop_seed, rows.step, "embedding")
-                x = keyed_dropout(embedded, rows.rows_n, key, self.config.dropout)
+                x = keyed_dropout(embedded, rows.rows_n, key, self.config.dropout, self.compiled)
         rotary = self._rotary_for(rows.shape[1], microbatch.tokens_BT.device)
         with offloaded() if self.offload and self.training else nullcontext():
             for layer in self.layers.values():

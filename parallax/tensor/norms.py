@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parallax.compiled import pick
 from parallax.gradients import GradSink, for_autograd
 from parallax.mesh import Axis
-from parallax.rng import keep_mask
+from parallax.rng import keep_mask, kept, mask_seeds, threshold
 from parallax.tensor.layers import add_into, initialize, replicated
 
 __all__ = ["LayerNorm", "RMSNorm", "keyed_dropout", "wide_of"]
@@ -172,11 +172,19 @@ class LayerNorm(nn.Module):
         return _LayerNorm.apply(x.contiguous(), *known, self)
 
 
-def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float) -> Tensor:
+def _dropped(x: Tensor, seeds: Tensor, columns: Tensor, least: int, share: float) -> Tensor:
+    return x * kept(seeds, columns, least).to(x.dtype).div_(share)
+
+
+def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float, compiled: bool = False) -> Tensor:
     """Dropout whose mask depends on (key, global row, column) alone.
 
-    x: [..., C]; rows: int64 [...], the global position of each row; key: from (seed, step, layer).
+    x: [..., C]; rows: int64 [...], the global position of each row; key: from (seed, step, layer). compiled: through
+    torch.compile, which makes one kernel of some twenty: the same mask.
     """
     if drop == 0.0:
         return x
+    if compiled:
+        seeds, columns = mask_seeds(rows, x.shape[-1], key)
+        return pick(_dropped, True)(x, seeds.view(*rows.shape, 1), columns, threshold(drop), 1.0 - drop)
     return x * keep_mask(rows, x.shape[-1], key, drop).to(x.dtype).div_(1.0 - drop)

@@ -134,7 +134,7 @@ def test_swiglu_is_written_out(dtype: torch.dtype):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("variant", ["gpt2-tied", "llama"])
+@pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "gpt2-dropout"])
 def test_compiled_trains_the_same_model(variant: str):
     """In float64, to what the order of sums may change."""
     plain = train("1x1x1", VARIANTS[variant])
