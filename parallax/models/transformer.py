@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallax.batches import IGNORE, Microbatch
+from parallax.compiled import pick
 from parallax.config import ModelConfig
 from parallax.mesh import Mesh
 from parallax.models.activation import gelu, swiglu
@@ -26,6 +27,7 @@ from parallax.models.offload import offloaded
 from parallax.models.recompute import recomputed
 from parallax.params import Init, Layout
 from parallax.rng import derive_key
+from parallax.tensor.float8 import quantize
 from parallax.tensor.fused_loss import linear_cross_entropy
 from parallax.tensor.layers import (
     ColumnParallelLinear,
@@ -260,7 +262,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(u - 1): Layer(u - 1, *args) for u in units if 1 <= u <= config.layers})
         for module in self.layers.modules():
             if isinstance(module, ParallelLinear):
-                module.float8 = float8
+                module.narrow = pick(quantize, compiled) if float8 else None
         if config.layers + 1 in units:
             self.final_norm = make_norm(*args)
             self.head = Head(*args)

@@ -3,16 +3,22 @@ the largest number of each tensor as it is now ("dynamic scaling")."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from parallax.errors import ConfigError
 
-__all__ = ["accumulate_weight_grad", "input_grad", "linear", "require_float8"]
+__all__ = ["Quantize", "accumulate_weight_grad", "input_grad", "linear", "quantize", "require_float8"]
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)
 TINY = 1e-30
+
+Quantize = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+"""`quantize`, or what a compiler makes of it: a pass for the largest number and one for the rest, in place of six."""
 
 
 def require_float8(device: torch.device) -> None:
@@ -29,28 +35,28 @@ def require_float8(device: torch.device) -> None:
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x in 8 bits, what to multiply it by): the largest number of x becomes the largest that dtype has."""
     most = torch.finfo(dtype).max
-    scale = most / x.abs().amax().float().clamp(min=TINY)
+    scale = most / torch.linalg.vector_norm(x, math.inf).float().clamp(min=TINY)
     return (x.float() * scale).clamp_(-most, most).to(dtype), scale.reciprocal()
 
 
-def multiply(a: Tensor, b: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype) -> Tensor:
+def multiply(a: Tensor, b: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype, narrow: Quantize = quantize) -> Tensor:
     """a b^T for a [M, K] and b [N, K], in bfloat16 or float32 as a is; M, N and K multiples of 16."""
-    (a8, a_scale), (b8, b_scale) = quantize(a.contiguous(), a_dtype), quantize(b.contiguous(), b_dtype)
+    (a8, a_scale), (b8, b_scale) = narrow(a.contiguous(), a_dtype), narrow(b.contiguous(), b_dtype)
     out = torch.float32 if a.dtype == torch.float32 else torch.bfloat16
     # The name in torch.nn.functional came after torch 2.11.
     return torch._scaled_mm(a8, b8.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=out)
 
 
-def linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
+def linear(x_ND: Tensor, weight_FD: Tensor, narrow: Quantize = quantize) -> Tensor:
     """x W^T."""
-    return multiply(x_ND, weight_FD, FORWARD, FORWARD)
+    return multiply(x_ND, weight_FD, FORWARD, FORWARD, narrow)
 
 
-def input_grad(grad_NF: Tensor, weight_FD: Tensor) -> Tensor:
+def input_grad(grad_NF: Tensor, weight_FD: Tensor, narrow: Quantize = quantize) -> Tensor:
     """g W."""
-    return multiply(grad_NF, weight_FD.t(), BACKWARD, FORWARD)
+    return multiply(grad_NF, weight_FD.t(), BACKWARD, FORWARD, narrow)
 
 
-def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor) -> None:
+def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, narrow: Quantize = quantize) -> None:
     """out += g^T x."""
-    out_FD.add_(multiply(grad_NF.t(), x_ND.t(), BACKWARD, FORWARD))
+    out_FD.add_(multiply(grad_NF.t(), x_ND.t(), BACKWARD, FORWARD, narrow))

@@ -32,6 +32,7 @@ from parallax.errors import ConfigError
 from parallax.gradients import GradSink, for_autograd
 from parallax.mesh import Axis
 from parallax.params import Init, Layout, even_cut, fill
+from parallax.tensor.float8 import Quantize
 from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
 
 __all__ = [
@@ -77,9 +78,9 @@ def _weight_grad(layer: ParallelLinear, grad_NF: Tensor, x_ND: Tensor) -> Tensor
         return None
     if layer.sink is None:
         out = torch.zeros_like(weight)
-        accumulate_weight_grad(grad_NF, x_ND, out, layer.float8)
+        accumulate_weight_grad(grad_NF, x_ND, out, layer.narrow)
         return out
-    layer.sink.add(weight, lambda out: accumulate_weight_grad(grad_NF, x_ND, out, layer.float8))
+    layer.sink.add(weight, lambda out: accumulate_weight_grad(grad_NF, x_ND, out, layer.narrow))
     return None
 
 
@@ -115,13 +116,13 @@ class _Column(torch.autograd.Function):
         x_ND = all_gather(x, layer.tensor) if layer.sequence_parallel else x
         ctx.layer = layer
         ctx.save_for_backward(x_ND)
-        return linear(x_ND, layer.weight, layer.bias, layer.float8)
+        return linear(x_ND, layer.weight, layer.bias, layer.narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         layer: ColumnParallelLinear = ctx.layer
         (x_ND,) = ctx.saved_tensors
-        partial = input_grad(grad, layer.weight, layer.float8)
+        partial = input_grad(grad, layer.weight, layer.narrow)
         start = reduce_scatter_start if layer.sequence_parallel else all_reduce_start
         pending = start(partial, layer.tensor)
         weight_grad = _weight_grad(layer, grad, x_ND)
@@ -137,8 +138,8 @@ class _Row(torch.autograd.Function):
         ctx.layer = layer
         ctx.save_for_backward(x)
         if layer.tensor.group is None:
-            return linear(x, layer.weight, layer.bias, layer.float8)
-        partial = linear(x, layer.weight, None, layer.float8)
+            return linear(x, layer.weight, layer.bias, layer.narrow)
+        partial = linear(x, layer.weight, None, layer.narrow)
         reduce = reduce_scatter if layer.sequence_parallel else all_reduce
         y = reduce(partial, layer.tensor)
         return y if layer.bias is None else y.add_(layer.bias)
@@ -149,16 +150,18 @@ class _Row(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         bias_grad = _bias_grad(layer.sink, layer.bias, grad)
         grad_ND = all_gather(grad, layer.tensor) if layer.sequence_parallel else grad
-        grad_x = input_grad(grad_ND, layer.weight, layer.float8)
+        grad_x = input_grad(grad_ND, layer.weight, layer.narrow)
         return grad_x, _weight_grad(layer, grad_ND, x), bias_grad, None
 
 
 class ParallelLinear(nn.Module):
-    """What the two layers share. sink: where weight gradients go; float8: whether products are in 8 bits."""
+    """What the two layers share. sink: where weight gradients go; narrow: the way into 8 bits
+    (tensor/float8.py), where products are in 8 bits.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    float8 = False
+    narrow: Quantize | None = None
 
     def __init__(self, tensor: Axis, sequence_parallel: bool) -> None:
         super().__init__()

@@ -32,25 +32,27 @@ __all__ = [
 MKLDNN: Any = torch.backends.mkldnn  # what it has is not declared
 
 
-def linear(x_ND: Tensor, weight: Tensor, bias: Tensor | None, eight_bits: bool = False) -> Tensor:
-    """x W^T + b."""
-    if eight_bits:
-        y = float8.linear(x_ND, weight)
+def linear(x_ND: Tensor, weight: Tensor, bias: Tensor | None, narrow: float8.Quantize | None = None) -> Tensor:
+    """x W^T + b. narrow: the way into 8 bits, for products in 8 bits."""
+    if narrow:
+        y = float8.linear(x_ND, weight, narrow)
         return y if bias is None else y.add_(bias)
     if suits_onednn(x_ND) and x_ND.numel():  # the operator of torch's compiler adds the bias on the way
         return torch.ops.mkldnn._linear_pointwise(x_ND, weight, bias, "none", [], "")
     return nn.functional.linear(x_ND, weight, bias)
 
 
-def input_grad(grad_NF: Tensor, weight: Tensor, eight_bits: bool = False) -> Tensor:
+def input_grad(grad_NF: Tensor, weight: Tensor, narrow: float8.Quantize | None = None) -> Tensor:
     """g W."""
-    return float8.input_grad(grad_NF, weight) if eight_bits else product(grad_NF, weight)
+    return float8.input_grad(grad_NF, weight, narrow) if narrow else product(grad_NF, weight)
 
 
-def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, eight_bits: bool = False) -> None:
+def accumulate_weight_grad(
+    grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, narrow: float8.Quantize | None = None
+) -> None:
     """out += g^T x, in the buffer itself where the dtypes allow."""
-    if eight_bits:
-        float8.accumulate_weight_grad(grad_NF, x_ND, out_FD)
+    if narrow:
+        float8.accumulate_weight_grad(grad_NF, x_ND, out_FD, narrow)
     elif out_FD.dtype != grad_NF.dtype:
         out_FD.add_(product(grad_NF.t(), x_ND))
     else:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallax.compiled import pick
+from parallax.config import ModelConfig
 from parallax.errors import ConfigError
-from parallax.mesh import Axis
+from parallax.mesh import Axis, planned_mesh
+from parallax.models.transformer import Transformer
 from parallax.tensor import float8
 from parallax.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from tests.cases import make_config
@@ -28,13 +31,26 @@ def test_the_scale_fits_each_tensor():
     assert not eight.float().any() and bool(scale.isfinite())
 
 
+@pytest.mark.timeout(600)
+def test_a_compiler_makes_the_same_bits():
+    model = Transformer(
+        ModelConfig(), planned_mesh("1x1x1", 0), range(2), sequence_length=8, float8=True, compiled=True
+    )
+    layer = model.layers["0"].mlp.up
+    assert layer.narrow is pick(float8.quantize, True)
+    x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for found, wanted in zip(layer.narrow(x, dtype), float8.quantize(x, dtype), strict=True):
+            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
 @pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_and_its_gradients(kind: type, dtype: torch.dtype):
     torch.manual_seed(0)
     layers = [kind(64, 48, Axis("tensor"), dtype=dtype) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
-    layers[1].float8 = True
+    layers[1].narrow = float8.quantize
     x = torch.randn(32, 64, dtype=dtype)
     grad = torch.randn(32, 48, dtype=dtype)
     found = []
