@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["derive_key", "fill_normal", "keep_mask", "kept", "mask_seeds", "random_bits", "threshold"]
+__all__ = ["bits_at", "derive_key", "fill_normal", "keep_mask", "kept", "mask_seeds", "random_bits", "threshold"]
 
 TILE = 256
 MASK = 0xFFFFFFFF
@@ -76,7 +76,16 @@ def random_bits(rows: Tensor, columns: tuple[int, int], key: int) -> Tensor:
     return _mix32(_seeds(rows, key) + _column_seeds(*columns, rows.device))
 
 
-def _seeds(rows: Tensor, key: int) -> Tensor:
+def bits_at(rows: Tensor, keys: Tensor, row_at: Tensor, columns: Tensor) -> Tensor:
+    """`random_bits` of single elements: the row_at-th of the rows, whose keys are given (both int64 [R]), at a column.
+
+    row_at, columns: int32 of any one shape, which the result has.
+    """
+    seeds = _seeds(rows, keys).view(-1).index_select(0, row_at)
+    return _mix32(seeds.add_((columns.long() * 0x9E3779B9 & MASK).to(torch.int32)))
+
+
+def _seeds(rows: Tensor, key: int | Tensor) -> Tensor:
     low, high = rows & MASK, (rows >> 32) & MASK
     return _mix((_mix(low ^ (key & MASK)) + high + (key >> 32)).bitwise_and_(MASK)).to(torch.int32).view(-1, 1)
 

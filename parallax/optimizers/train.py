@@ -15,17 +15,18 @@ from torch import Tensor
 
 from parallax.config import OptimizerConfig
 from parallax.data.buckets import FlatBuffers
-from parallax.data.layout import Piece, Segment
+from parallax.data.layout import Segment
+from parallax.optimizers.chance import Rows, bits_by_box, places_of
 from parallax.optimizers.masters import Masters
 from parallax.optimizers.rules import RULES, Update
 from parallax.params import ParamSpec
 from parallax.precision.rounding import round_stochastically
-from parallax.rng import derive_key, random_bits
+from parallax.rng import derive_key
 
 __all__ = ["TrainOptimizer", "kind_of"]
 
-CHUNK = 1 << 22
-"""Elements that are brought up at once: 16 MB of each float32 tensor."""
+CHUNK, ON_A_GPU = 1 << 22, 1 << 24
+"""Elements that are brought up at once: 16 MB of each float32 tensor; 64 MB where a GPU updates, in fewer kernels."""
 
 
 def kind_of(config: OptimizerConfig) -> Callable[[ParamSpec], str]:
@@ -53,7 +54,8 @@ class TrainOptimizer(Masters):
         self.rule = RULES["adamw" if config.name == "muon" else config.name]
         wide = any(flat.dtype == torch.float64 for flat in flats.values())
         self.narrow_state = config.state_dtype == "bfloat16" and not wide
-        self._chunk = CHUNK if self.narrow_state or config.offload else None
+        self._chunked = self.narrow_state or config.offload
+        self._rows: dict[tuple[int, int, int], Rows] = {}
         self.state: dict[int, list[dict[str, Tensor]]] = {
             stage: [self.empty_state(segment, master) for segment, master in zip(flat.segments, own, strict=True)]
             for (stage, flat), own in zip(flats.items(), self.masters.values(), strict=True)
@@ -83,19 +85,19 @@ class TrainOptimizer(Masters):
     def _update(self, stage: int, flat: FlatBuffers, index: int, update: Update) -> None:
         segment, master = flat.segments[index], self.masters[stage][index].data
         state, values = self.state[stage][index], flat.values_of(segment)
-        pieces = [piece for piece in flat.pieces if piece.segment == index] if self.narrow_state else []
         for chunk, grad in self._chunks(flat.grads_of(segment), master):
             here = {name: kept[chunk] for name, kept in state.items()}
             wide = {name: kept.to(master.dtype) for name, kept in here.items()}  # the very same where it is wide
             self.rule.apply(master[chunk], grad, wide, update)
             if self.narrow_state:
-                self._store(here, wide, pieces, chunk)
+                self._store(stage, index, here, wide, chunk)
             if self.apart:
                 values[chunk].copy_(master[chunk], non_blocking=True)
 
     def _chunks(self, grads: Tensor, master: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk and its gradient where the master lives, fetched while the one before is worked on."""
-        size = self._chunk or max(1, grads.numel())
+        at_once = ON_A_GPU if master.is_cuda else CHUNK
+        size = at_once if self._chunked else max(1, grads.numel())
         cuts = [slice(at, min(at + size, grads.numel())) for at in range(0, grads.numel(), size)]
         if grads.device == master.device:
             for cut in cuts:
@@ -122,14 +124,18 @@ class TrainOptimizer(Masters):
             done[number].synchronize()
             yield cut, buffers[number % 2][: cut.stop - cut.start].to(master.dtype)
 
-    def _store(self, kept: dict[str, Tensor], wide: dict[str, Tensor], pieces: list[Piece], chunk: slice) -> None:
-        bits = torch.zeros(chunk.stop - chunk.start, dtype=torch.int32, device=next(iter(wide.values())).device)
+    def _store(self, stage: int, index: int, kept: dict[str, Tensor], wide: dict[str, Tensor], chunk: slice) -> None:
+        pieces = [piece for piece in self.flats[stage].pieces if piece.segment == index]
         for name, tensor in kept.items():
-            for piece in pieces:
-                key = derive_key(self.seed, self.num_steps, name, piece.spec.name)
-                for box, start, stop in piece.boxes(chunk.start, chunk.stop):
-                    drawn = _bits_of(box, piece.spec.global_shape, key, bits.device)
-                    bits[start - chunk.start : stop - chunk.start] = drawn
+            keys = [derive_key(self.seed, self.num_steps, name, piece.spec.name) for piece in pieces]
+            size = chunk.stop - chunk.start
+            if tensor.is_cuda:
+                where = (stage, index, chunk.start)
+                if where not in self._rows:
+                    self._rows[where] = Rows(places_of(pieces, chunk), size, tensor.device)
+                bits = self._rows[where].bits(keys)
+            else:
+                bits = bits_by_box(places_of(pieces, chunk), keys, size)
             tensor.copy_(round_stochastically(wide[name], bits))
 
     def set_step(self, step: int) -> None:
@@ -141,11 +147,3 @@ class TrainOptimizer(Masters):
         found: dict[str, list[Tensor | None]] = {"parameters": [m.detach() for m in self.masters[stage]]}
         kinds = sorted({name for state in self.state[stage] for name in state})
         return found | {kind: [state.get(kind) for state in self.state[stage]] for kind in kinds}
-
-
-def _bits_of(box: tuple[tuple[int, int], ...], shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
-    """Random bits for a box of a global tensor, each a function of (key, global element); flat."""
-    rows = torch.zeros(1, dtype=torch.int64, device=device)
-    for (start, stop), size in zip(box[:-1], shape[:-1], strict=True):
-        rows = (rows[:, None] * size + torch.arange(start, stop, device=device)).view(-1)
-    return random_bits(rows, box[-1] if box else (0, 1), key).view(-1)

@@ -83,6 +83,13 @@ def test_narrow_dtypes_train_too(simulated, dtype: str):
         assert found["waits"] == [1, 1, 1]
 
 
+def test_moments_in_bfloat16_are_rounded_as_on_the_cpu_in_few_kernels(simulated):
+    changes = GPT2 | {"dtype": "float32", "optimizer.state_dtype": "bfloat16"}
+    few, many = simulated("train_several", [changes | {"model.layers": n} for n in (2, 4)])
+    assert worst(many["rows"], train("1x1x1", changes | {"model.layers": 4}, 3)[:3]) <= 1e-5
+    assert sum(many["kernels"].values()) - sum(few["kernels"].values()) < 300, "not some for each parameter"
+
+
 def test_batches_and_validation_keep_nobody_waiting(simulated):
     assert simulated("read_batches") == 0
     assert simulated("evaluate", GPT2, 3) == 3, "the loss of each batch is read"

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from parallax.errors import ConfigError
 from parallax.optimizers import train
+from parallax.optimizers.chance import Rows, bits_by_box, places_of
 from parallax.optimizers.muon import orthogonalise
 from parallax.precision.rounding import round_stochastically
-from parallax.rng import random_bits
+from parallax.rng import derive_key, random_bits
 from tests.cases import GPT2, LLAMA, TIED, advance, assemble_whole, gather_parameters, make_batch, start
 
 KINDS = ("parameters", "exp_avg", "exp_avg_sq")
@@ -113,6 +114,26 @@ def test_state_elsewhere_is_the_same_state(monkeypatch, chunk: int, dtype: str):
     there = run_with({"dtype": dtype, "optimizer.offload": "true"})
     for kind in KINDS:
         assert all(values.equal(there[kind][name]) for name, values in here[kind].items()), kind
+
+
+@pytest.mark.parametrize("chunk", [37, 500, 1 << 20])
+def test_a_gpu_draws_the_same_bits(chunk: int):
+    """All boxes of a chunk at once or one after the other: matrices, vectors, parts of rows, padding between them."""
+    run, _ = start("1x1x1", **GPT2 | TIED | {"dtype": "float32"})
+    for flat in run.flats.values():
+        for index, segment in enumerate(flat.segments):
+            pieces = [piece for piece in flat.pieces if piece.segment == index]
+            pieces = pieces[:3] + pieces[4:]  # a gap
+            keys = [derive_key("bits", piece.spec.name) for piece in pieces]
+            for begin in range(0, segment.stop - segment.start, chunk):
+                cut = slice(begin, min(begin + chunk, segment.stop - segment.start))
+                places, size = places_of(pieces, cut), cut.stop - cut.start
+                by_box, at_once = bits_by_box(places, keys, size), Rows(places, size, torch.device("cpu")).bits(keys)
+                used = torch.zeros(size, dtype=torch.bool)
+                for place in places:
+                    used[place.start : place.stop] = True
+                assert at_once.shape == by_box.shape and at_once[used].equal(by_box[used])
+                assert not by_box[~used].any()
 
 
 def test_bfloat16_state_does_not_depend_on_chunks_and_follows_float32(monkeypatch):
