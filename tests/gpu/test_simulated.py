@@ -85,14 +85,18 @@ def test_narrow_dtypes_train_too(simulated, dtype: str):
 
 def test_moments_in_bfloat16_are_rounded_as_on_the_cpu_in_few_kernels(simulated):
     changes = GPT2 | {"dtype": "float32", "optimizer.state_dtype": "bfloat16"}
+    assert simulated("same_moments", changes) > 0.99
     few, many = simulated("train_several", [changes | {"model.layers": n} for n in (2, 4)])
-    assert worst(many["rows"], train("1x1x1", changes | {"model.layers": 4}, 3)[:3]) <= 1e-5
     assert sum(many["kernels"].values()) - sum(few["kernels"].values()) < 300, "not some for each parameter"
 
 
 def test_batches_and_validation_keep_nobody_waiting(simulated):
     assert simulated("read_batches") == 0
     assert simulated("evaluate", GPT2, 3) == 3, "the loss of each batch is read"
+
+
+def test_a_save_in_the_background_has_its_copies_before_the_training_goes_on(simulated):
+    assert simulated("copies_are_there")
 
 
 def test_kernels_of_a_layer(simulated):
@@ -139,7 +143,7 @@ def test_any_mesh_trains_as_one_rank(command, alone, tmp_path: Path, mesh: str, 
 
 
 def test_the_recipe_saves_beside_the_training_and_goes_on(command, tmp_path: Path):
-    """Interrupted and resumed it ends at the same digits, with a save in the background each step."""
+    """From what was saved in the background, out of pinned memory, a run goes on to the same digits."""
     options = [*SMALL, "log_every=1", "checkpoint.every=2", "checkpoint.background=true", "validation.every=4"]
 
     def run(output: str, *more: str) -> list[dict[str, Any]]:
@@ -148,6 +152,7 @@ def test_the_recipe_saves_beside_the_training_and_goes_on(command, tmp_path: Pat
         assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads(text) for text in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
 
-    whole, halves = run("whole", "steps=4"), [run("halves", "steps=2"), run("halves", "steps=4", "resume=auto")][-1]
-    assert [row["loss"] for row in halves] == [row["loss"] for row in whole]
-    assert halves[-1]["val_loss"] == whole[-1]["val_loss"] and whole[-1]["mfu"] > 0
+    whole = run("whole", "steps=4")
+    rest = run("rest", "steps=4", f"resume={tmp_path / 'whole/checkpoints/step-00000002'}")
+    assert [row["loss"] for row in rest] == [row["loss"] for row in whole[2:]]
+    assert rest[-1]["val_loss"] == whole[-1]["val_loss"] and whole[-1]["mfu"] > 0

@@ -32,6 +32,37 @@ def train_several(device: Device, every: list[dict[str, Any]]) -> list[dict[str,
     return [train(device, changes) for changes in every]
 
 
+def same_moments(device: Device, changes: dict[str, Any]) -> float:
+    """The share of the optimizer's moments that are on the device, bit for bit, what they are on the CPU."""
+    import torch
+
+    from parallax.assemble import assemble
+    from parallax.mesh import init_mesh
+    from parallax.step import train_step
+    from tests.cases import make_batch, make_config
+
+    config, moments = make_config("1x1x1", **changes), []
+    for kind in ("cuda", "cpu"):
+        run, state = assemble(config, init_mesh("1x1x1", device_type=kind))
+        train_step(run, state, make_batch(config, run.mesh, 0))
+        found = state.optimizer.flat_state(0)
+        moments.append(torch.cat([t.cpu() for name in ("exp_avg", "exp_avg_sq") for t in found[name]]))
+    used = moments[1] != 0
+    return float((moments[0] == moments[1])[used].double().mean())
+
+
+def copies_are_there(device: Device) -> bool:
+    """Whether a save in the background has its copies when the training goes on."""
+    import torch
+
+    from parallax.checkpoint.background import _copies
+    from parallax.checkpoint.save import Entry
+
+    tensors = {name: torch.randn(5, 3, device="cuda") for name in ("a", "b")}
+    copies = _copies([Entry(name, (5, 3), ((0, 5), (0, 3)), tensor, (0,)) for name, tensor in tensors.items()], {})
+    return all(copy.tensor.is_pinned() and not copy.tensor.isnan().any() for copy in copies)
+
+
 def read_batches(device: Device) -> int:
     """How often the host waits for the batches of a corpus."""
     from parallax.batches import token_batches
