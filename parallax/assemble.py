@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,9 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         keep_freed_memory()
     baseline = peak_memory_bytes(mesh.device)
     batch = resolve_batch(config)
-    plan = plan_stages(config)
+    plan = plan_stages(
+        replace(config, device="cpu" if mesh.device.type == "cpu" else "cuda")
+    )  # auto is one of them by now
     schedule, spans = plan.schedule, plan.spans
     evaluation = prove(forward_only(schedule))
     rank = mesh.pipeline.rank

@@ -42,9 +42,10 @@ def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
     rows gives that slice of the mask.
     """
     seeds, columns = mask_seeds(rows, num_columns, key)
-    keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool, device=rows.device)
-    # In runs of rows that stay in the cache; a GPU takes them all at once.
-    step = seeds.shape[0] if rows.is_cuda else max(1, CACHED_ELEMENTS // max(1, num_columns))
+    if rows.is_cuda:
+        return kept(seeds, columns, threshold(drop)).view(*rows.shape, num_columns)
+    keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool)
+    step = max(1, CACHED_ELEMENTS // max(1, num_columns))  # runs of rows that stay in the cache
     for start in range(0, seeds.shape[0], max(1, step)):
         part = slice(start, start + step)
         keep[part] = kept(seeds[part], columns, threshold(drop))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from parallax.config import ModelConfig
 from parallax.processor import processor
 
-__all__ = ["fuses_loss", "keeps_probabilities", "recomputes_layer", "unit_activations", "unit_costs"]
+__all__ = ["LOGITS_ON_A_GPU", "fuses_loss", "keeps_probabilities", "recomputes_layer", "unit_activations", "unit_costs"]
 
 FUSE_ABOVE = 1 << 24
 """Logits of a microbatch on a rank above which they are not held: 64 MB in float32."""
+LOGITS_ON_A_GPU = 1 << 26
+"""Of those that are not held, how many a GPU makes at once: its products want many rows, and few kernels."""
 SHORTEST, LONGEST, BLOCK = 65, 512, 128
 """Of sequences whose attention is written out on a CPU, in blocks of queries (models/blocked_attention.py)."""
 

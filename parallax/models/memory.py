@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from parallax.config import Config, resolve_batch
 from parallax.config_fields import LOSSY
-from parallax.models.costs import fuses_loss, keeps_probabilities, unit_activations
+from parallax.models.costs import LOGITS_ON_A_GPU, fuses_loss, keeps_probabilities, unit_activations
 from parallax.pipeline.split import Span, Unit
 
 __all__ = ["MemoryModel", "StageMemory"]
@@ -65,10 +65,18 @@ class MemoryModel:
         if data.compression in LOSSY:  # what is owed, before and after the step
             grad += 2 * max(4, self.size)
         values = self.size / self.parts if data.zero == 3 and data.gather == "block" else self.size
-        activations = sum(self._activations(unit) for unit in range(first, last))
-        return StageMemory(
-            params * values, params * grad, params * self._state() / self.parts, self.in_flight[stage] * activations
-        )
+        activations = self.in_flight[stage] * sum(self._activations(unit) for unit in range(first, last))
+        if last == len(self.units) and self.config.device == "cuda":
+            activations += self._loss()
+        return StageMemory(params * values, params * grad, params * self._state() / self.parts, activations)
+
+    def _loss(self) -> float:
+        """What a GPU has of the loss for a moment: probabilities, and logits that are not held."""
+        logits = self.tokens * self.config.model.vocab / self.config.mesh_shape.tensor
+        wide = max(4, self.size)
+        if not fuses_loss(self.tokens, logits / self.tokens):
+            return logits * wide
+        return min(logits, LOGITS_ON_A_GPU) * (self.size + wide)
 
     def _state(self) -> float:
         """Bytes of masters and moments for each parameter that a rank updates."""

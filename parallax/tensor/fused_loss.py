@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from parallax.comm import all_gather, all_reduce_start, reduce_scatter_start
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
+from parallax.models.costs import LOGITS_ON_A_GPU
 from parallax.tensor.loss import cross_entropy_of
 from parallax.tensor.products import accumulate_weight_grad, input_grad, linear
 
 __all__ = ["OutputLayer", "linear_cross_entropy"]
 
-LOGITS_AT_ONCE, ON_A_GPU = 1 << 22, 1 << 26
-"""Logits of a chunk on this rank, 4 to 6 bytes each. A GPU wants products of many rows and few kernels."""
+LOGITS_AT_ONCE = 1 << 22
+"""On a CPU; of a GPU models/costs.py knows, since they are to be planned for there."""
 
 
 class OutputLayer(Protocol):
@@ -67,18 +68,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         grad_x = torch.empty_like(x_ND) if trains else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if trains else None
-        step = max(1, (ON_A_GPU if x.is_cuda else LOGITS_AT_ONCE) // max(1, weight.shape[0]))
+        step = max(1, (LOGITS_ON_A_GPU if x.is_cuda else LOGITS_AT_ONCE) // max(1, weight.shape[0]))
+        options = (layer.tensor, vocab_range, ignore_index, scale)
         for at in range(0, x_ND.shape[0], step):
             rows = slice(at, at + step)
-            logits = linear(x_ND[rows], weight, None)
-            out = logits if trains else None
-            chunk = cross_entropy_of(logits, targets_N[rows], layer.tensor, vocab_range, ignore_index, scale, out)
-            loss += chunk.loss
-            if grad_x is None or grad_weight is None:
-                continue
-            grad = chunk.gradient()
-            grad_x[rows] = input_grad(grad, weight)
-            accumulate_weight_grad(grad, x_ND[rows], grad_weight)
+            part, grad = _of_a_chunk(x_ND[rows], weight, targets_N[rows], options, grad_weight)
+            loss += part
+            if grad_x is not None and grad is not None:
+                grad_x[rows] = grad
         ctx.layer = layer
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
@@ -95,6 +92,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif weight.requires_grad and layer.sink is not None:
             layer.sink.add(weight, lambda out: _add(out, grad_weight, grad))
         return pending.wait(), returned, None, None, None, None, None, None
+
+
+def _of_a_chunk(
+    x_nD: Tensor, weight: Tensor, targets_n: Tensor, options: tuple[Any, ...], grad_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of some tokens and its gradient by x; the weight's is added. The logits go with the call."""
+    logits = linear(x_nD, weight, None)
+    found = cross_entropy_of(logits, targets_n, *options, None if grad_weight is None else logits)
+    if grad_weight is None:
+        return found.loss, None
+    grad = found.gradient()
+    accumulate_weight_grad(grad, x_nD, grad_weight)
+    return found.loss, input_grad(grad, weight)
 
 
 def _add(out: Tensor, grad: Tensor, factor: Tensor) -> None:

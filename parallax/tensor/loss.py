@@ -16,6 +16,8 @@ CHUNK_ELEMENTS = 1 << 20
 """Logits worked on at once on a CPU: the temporaries of one chunk, not of [N, V], are what the loss needs beside its
 result, and they stay in its cache.
 """
+WIDENED = 1 << 24
+"""Logits that a GPU has in float32 at once, on their way to the softmax."""
 
 
 def vocab_parallel_cross_entropy(
@@ -71,7 +73,7 @@ class CrossEntropy:
         local = targets_N - start
         self.mine = self.valid & (local >= 0) & (local < stop - start)
         self.local = local.masked_fill(~self.mine, 0)
-        self.chunks = _chunks(*logits.shape)
+        self.chunks = _chunks(logits.shape[0], logits.shape[1], CHUNK_ELEMENTS)
         own_3N = self._own_statistics(wide)
         every = all_gather(own_3N[None], tensor)  # [tensor, 3, N]
         maximum_N = every[:, 0].amax(0)
@@ -121,8 +123,8 @@ class WholeCrossEntropy(CrossEntropy):
     """The same for a GPU, where every operation is a kernel to be launched and every pass one over its memory: all
     tokens at once, their probabilities by torch's own softmax and kept for the gradient.
 
-    Beside the logits it takes 4 bytes for each (8 in float64); in bfloat16 it moves some 16 bytes a logit, forward and
-    backward, where passes of its own would come to 58.
+    Beside the logits it takes 4 bytes for each (8 in float64); in bfloat16 it moves some 22 bytes a logit, forward and
+    backward, where the passes of the chunks come to 58.
     """
 
     def _own_statistics(self, wide: torch.dtype) -> Tensor:
@@ -132,7 +134,9 @@ class WholeCrossEntropy(CrossEntropy):
             return own
         logits = self.logits[:, : self.size]
         maximum_N, at_N = logits.max(-1)
-        self.probabilities = torch.softmax(logits, -1, dtype=wide)
+        self.probabilities = torch.empty(logits.shape, dtype=wide, device=logits.device)
+        for rows in _chunks(logits.shape[0], self.size, WIDENED):  # all but float16 is widened first, a copy
+            torch.softmax(logits[rows], -1, dtype=wide, out=self.probabilities[rows])
         own[0] = maximum_N
         own[1] = self.probabilities.gather(-1, at_N[:, None]).squeeze(-1).reciprocal_()  # there it is 1 over the sum
         own[2] = logits.gather(-1, self.local[:, None]).squeeze(-1)
@@ -175,6 +179,6 @@ class _CrossEntropy(torch.autograd.Function):
         return (grad.mul_(grad_output.to(grad.dtype)), None, None, None, None, None, None)
 
 
-def _chunks(num_tokens: int, width: int) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
+def _chunks(num_tokens: int, width: int, at_once: int) -> list[slice]:
+    step = max(1, at_once // max(1, width))
     return [slice(at, min(at + step, num_tokens)) for at in range(0, num_tokens, step)]

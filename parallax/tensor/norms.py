@@ -49,7 +49,9 @@ def _rms_weight_grad(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _has_kernel(x: Tensor, layer: RMSNorm) -> bool:
-    """Whether torch has the norm as one kernel: on a GPU, where written out it moves ten times the memory."""
+    """Whether torch has the norm as one kernel: on a GPU, where written out it moves ten times the memory. The kernel
+    rounds the weight's gradient to its dtype before it is added up in float32, as those of all other layers are.
+    """
     known = x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
     return known and not layer.compiled and x.dtype == layer.weight.dtype
 

@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +82,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def parity_rows(
-    mesh: str, size: int, folder: Path, options: list[str], command: Sequence[str] = (sys.executable,)
-) -> list[dict[str, float]]:
-    """Ranks that share one GPU: NCCL takes them when each believes to be on a host of its own. command: what runs a
-    script.
-    """
+def parity_rows(mesh: str, size: int, folder: Path, options: list[str]) -> list[dict[str, float]]:
+    """Ranks that share one GPU: NCCL takes them when each believes to be on a host of its own."""
     port, result = free_port(), folder / f"{mesh}.json"
     processes = []
     for rank in range(size):
@@ -102,7 +97,7 @@ def parity_rows(
             "NCCL_HOSTID": str(rank),
             "NCCL_SOCKET_IFNAME": "lo",
         }
-        line = [*command, str(ROOT / "parallax/parity.py"), str(result), *options, f"mesh={mesh}"]
+        line = [sys.executable, "-m", "parallax.parity", str(result), *options, f"mesh={mesh}"]
         processes.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         errors = [process.communicate(timeout=240)[1] for process in processes]

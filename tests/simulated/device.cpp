@@ -3,14 +3,13 @@
 // For a torch without CUDA. Tensors on it are CUDA tensors to torch and to Python: they may not meet tensors of the
 // host, their backward runs in autograd's device thread, copies to them are transfers. What it tells that no CPU can:
 //   kernels  operations that would each be launched, by name
-//   waits    places where the host would wait for the device: a value read, a copy that is not between pinned memory
-//            and the device or not said to be non_blocking
+//   waits    how often the host would wait for the device: a value read, a stream or an event synchronised, a copy that
+//            is not between pinned memory and the device or not said to be non_blocking
 // A copy to pinned memory arrives when somebody synchronises, and reads as NaN (all bits set) until then.
 // It knows one stream and no concurrency: races between streams are beyond it, and so are the kernels themselves.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/Resize.h>
@@ -19,160 +18,20 @@
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
 #include <array>
-#include <atomic>
-#include <cstring>
-#include <map>
-#include <mutex>
 #include <set>
 #include <string>
-#include <vector>
+
+#include "memory.h"
 
 namespace {
-
-using at::IntArrayRef;
-using at::Tensor;
-using c10::Device;
-using c10::DeviceIndex;
-using c10::DeviceType;
-using c10::DispatchKey;
-using c10::DispatchKeySet;
-using c10::IValue;
-
-const Device HERE(DeviceType::CUDA, 0);
-
-// --- what is told -----------------------------------------------------------------------------
-
-std::mutex lock;
-std::map<std::string, int64_t> kernels;
-std::atomic<int64_t> held{0}, peak{0}, waits{0};
-
-void launched(const std::string& name) {
-  std::lock_guard<std::mutex> guard(lock);
-  ++kernels[name];
-}
-
-// --- memory -----------------------------------------------------------------------------------
-
-struct Block { void* data; int64_t size; };
-
-void give_back(void* context) {
-  auto* block = static_cast<Block*>(context);
-  held -= block->size;
-  c10::free_cpu(block->data);
-  delete block;
-}
-
-struct DeviceMemory final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
-    void* data = c10::alloc_cpu(size);
-    int64_t now = held += static_cast<int64_t>(size), before = peak;
-    while (now > before && !peak.compare_exchange_weak(before, now)) {
-    }
-    return {data, new Block{data, static_cast<int64_t>(size)}, &give_back, HERE};
-  }
-  void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
-};
-DeviceMemory device_memory;
-
-std::map<const char*, size_t> pinned;  // begin -> size; guarded by lock
-
-struct PinnedMemory final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
-    void* data = c10::alloc_cpu(size);
-    if (data != nullptr) {
-      std::lock_guard<std::mutex> guard(lock);
-      pinned[static_cast<char*>(data)] = size;
-    }
-    return {data, data, &release, Device(DeviceType::CPU)};
-  }
-  static void release(void* data) {
-    {
-      std::lock_guard<std::mutex> guard(lock);
-      pinned.erase(static_cast<char*>(data));
-    }
-    c10::free_cpu(data);
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
-};
-PinnedMemory pinned_memory;
-
-bool is_pinned(const void* data) {
-  std::lock_guard<std::mutex> guard(lock);
-  auto after = pinned.upper_bound(static_cast<const char*>(data));
-  if (after == pinned.begin()) return false;
-  --after;
-  return static_cast<const char*>(data) < after->first + after->second;
-}
-
-// --- the same memory, seen from either side -----------------------------------------------------
-
-Tensor alias(const Tensor& t, const c10::Storage& storage, DispatchKey key) {
-  auto out = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), DispatchKeySet(key), t.dtype());
-  out.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
-  return out;
-}
-
-Tensor on_host(const Tensor& t) {
-  if (!t.defined() || !t.is_cuda()) return t;
-  if (t.storage().nbytes() == 0) return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
-  c10::DataPtr data(t.storage().mutable_data(), Device(DeviceType::CPU));
-  c10::Storage storage(c10::Storage::use_byte_size_t(), t.storage().nbytes(), std::move(data), nullptr, false);
-  return alias(t, storage, DispatchKey::CPU);
-}
-
-Tensor on_device(const Tensor& t) {  // a copy: a kernel's result
-  if (!t.defined()) return t;
-  auto size = t.storage().nbytes();
-  c10::Storage storage(c10::Storage::use_byte_size_t(), size, device_memory.allocate(size), &device_memory, true);
-  if (size) std::memcpy(storage.mutable_data(), t.storage().data(), size);
-  return alias(t, storage, DispatchKey::CUDA);
-}
-
-// --- transfers ----------------------------------------------------------------------------------
-
-std::vector<std::pair<Tensor, Tensor>> under_way;  // (pinned memory, what will be there)
-
-void synchronize() {
-  std::vector<std::pair<Tensor, Tensor>> arrived;
-  {
-    std::lock_guard<std::mutex> guard(lock);
-    arrived.swap(under_way);
-  }
-  for (auto& [to, values] : arrived) to.copy_(values);
-}
-
-Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
-  Tensor to = on_host(self), from = on_host(source);
-  if (self.is_cuda() && source.is_cuda()) {
-    launched("aten::copy_");
-    to.copy_(from);
-    return self;
-  }
-  const void* host = self.is_cuda() ? source.const_data_ptr() : self.const_data_ptr();
-  bool free = non_blocking && (self.numel() == 0 || is_pinned(host));
-  launched(self.is_cuda() ? "to the device" : "to the host");
-  if (!free) ++waits;
-  if (!free || self.is_cuda()) synchronize();
-  if (free && !self.is_cuda()) {
-    Tensor values = at::empty_like(to).copy_(from);
-    if (to.is_contiguous()) std::memset(to.mutable_data_ptr(), 0xFF, to.nbytes());
-    std::lock_guard<std::mutex> guard(lock);
-    under_way.emplace_back(to, values);
-  } else {
-    to.copy_(from);
-  }
-  return self;
-}
 
 // --- kernels ------------------------------------------------------------------------------------
 
 const std::set<std::string> READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
-                                     "aten::unique_dim", "aten::_unique2"};
+                                     "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::bincount"};
 const std::set<std::string> MIXES = {"aten::index", "aten::_index_put_impl_", "aten::index_put_"};
 
 // Any operation of torch that has no kernel below: the CPU's, on the same memory.
@@ -210,10 +69,7 @@ void run(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack
   bool mixed = of_the_host && !seen.empty() && !MIXES.count(name);
   TORCH_CHECK(!mixed, "Expected all tensors to be on the same device: ", name);
   launched(name);
-  if (READS.count(name)) {
-    ++waits;
-    synchronize();
-  }
+  if (READS.count(name)) wait();
   {
     at::AutoDispatchBelowADInplaceOrView below;
     op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
@@ -272,9 +128,17 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   return std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(q, all(k), all(v), dropout, causal, mask, scale));
 }
 
-Tensor softmax(const Tensor& x, int64_t dim, bool half_to_float) {
+Tensor& softmax_out(const Tensor& x, int64_t dim, bool half_to_float, Tensor& out) {
   launched("aten::_softmax");
-  return on_device(at::_softmax(half_to_float ? on_host(x).to(at::kFloat) : on_host(x), dim, false));
+  TORCH_CHECK(!half_to_float || x.scalar_type() == at::kHalf, "conversion is supported for Half type only");
+  Tensor values = at::_softmax(half_to_float ? on_host(x).to(at::kFloat) : on_host(x), dim, false);
+  on_host(out).copy_(values);
+  return out;
+}
+
+Tensor softmax(const Tensor& x, int64_t dim, bool half_to_float) {
+  Tensor out = at::empty(x.sizes(), x.options().dtype(half_to_float ? at::kFloat : x.scalar_type()));
+  return softmax_out(x, dim, half_to_float, out);
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, IntArrayRef, const std::optional<Tensor>& weight,
@@ -315,7 +179,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryEvent(void*) const override { return true; }
   void destroyEvent(void*, DeviceIndex) const noexcept override {}
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override { synchronize(); }
+  void synchronizeStream(const c10::Stream&) const override { wait(); }
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
   static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, HERE); }
 };
@@ -340,7 +204,7 @@ struct CUDAHooks final : CUDAHooksInterface {  // torch looks it up by this name
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
   Device getDeviceFromPtr(void*) const override { return HERE; }
-  void deviceSynchronize(c10::DeviceIndex) const override { synchronize(); }
+  void deviceSynchronize(c10::DeviceIndex) const override { wait(); }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 
@@ -374,11 +238,15 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_reshape_alias", &at::native::_reshape_alias);
   m.impl("unfold", &at::native::unfold);
   m.impl("_softmax", &softmax);
+  m.impl("_softmax.out", &softmax_out);
   m.impl("_fused_rms_norm", &rms_norm);
   m.impl("_fused_rms_norm_backward", &rms_norm_backward);
   // Kernels of CUDA's that torch would put together from others where it finds none.
-  for (const char* name : {"native_layer_norm", "silu_backward", "_foreach_norm.Scalar", "_foreach_add_.Scalar"})
+  for (const char* name : {"native_layer_norm", "silu_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run>());
+  for (const auto& op : c10::Dispatcher::singleton().getAllOpNames())
+    if (op.name.rfind("aten::_foreach_", 0) == 0)
+      m.impl(c10::toString(op).substr(6).c_str(), torch::CppFunction::makeFromBoxedFunction<&run>());
 }
 
 TORCH_LIBRARY_IMPL(aten, AutogradCUDA, m) { m.impl("scaled_dot_product_attention", &attention); }
@@ -388,7 +256,7 @@ int64_t simulated_held() { return held; }
 void simulated_forget_peak() { peak = held.load(); }
 int64_t simulated_peak() { return peak; }
 int64_t simulated_waits() { return waits; }
-void simulated_synchronize() { synchronize(); }
+void simulated_synchronize() { wait(); }
 // "name count" lines; returns how many bytes they are, of which at most `size` are written.
 int64_t simulated_kernels(char* out, int64_t size) {
   std::lock_guard<std::mutex> guard(lock);

@@ -9,18 +9,23 @@ from tests.simulated.device import Device
 Rows = list[tuple[float, float]]
 
 
-def train(device: Device, changes: dict[str, Any], steps: int = 3) -> dict[str, Any]:
-    """Loss and gradient norm of each step, how often the host waited in it, and the kernels of the last step."""
+def train(
+    device: Device, changes: dict[str, Any], steps: int = 3, mesh: str = "1x1x1", again: bool = False
+) -> dict[str, Any]:
+    """Loss and gradient norm of each step, how often the host waited in it, and the kernels of the last step.
+
+    again: the same batch in every step.
+    """
     from parallax.assemble import assemble
     from parallax.mesh import init_mesh
     from parallax.step import train_step
     from tests.cases import make_batch, make_config
 
-    config = make_config("1x1x1", **changes)
-    run, state = assemble(config, init_mesh("1x1x1", device_type="cuda"))
+    config = make_config(mesh, **changes)
+    run, state = assemble(config, init_mesh(mesh, device_type="cuda"))
     rows, waits = [], []
     for step in range(steps):
-        batch = make_batch(config, run.mesh, step)
+        batch = make_batch(config, run.mesh, 0 if again else step)
         kernels, waited = device.kernels(), device.waits
         result = train_step(run, state, batch)
         rows.append((result.loss, result.grad_norm))
@@ -28,8 +33,8 @@ def train(device: Device, changes: dict[str, Any], steps: int = 3) -> dict[str, 
     return {"rows": rows, "waits": waits, "kernels": device.kernels() - kernels}
 
 
-def train_several(device: Device, every: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [train(device, changes) for changes in every]
+def train_several(device: Device, every: list[dict[str, Any]], *options: Any) -> list[dict[str, Any]]:
+    return [train(device, changes, *options) for changes in every]
 
 
 def same_moments(device: Device, changes: dict[str, Any]) -> float:
@@ -96,7 +101,7 @@ def evaluate(device: Device, changes: dict[str, Any], num_batches: int) -> int:
 
 
 def loss_kernels(device: Device, num_tokens: int, vocab: int) -> dict[str, Any]:
-    """Kernels that the output layer with its loss launches, forward and backward."""
+    """Kernels that the output layer with its loss launches, forward and backward, and the most bytes it holds."""
     import torch
 
     from parallax.mesh import Axis
@@ -107,9 +112,13 @@ def loss_kernels(device: Device, num_tokens: int, vocab: int) -> dict[str, Any]:
     layer = ColumnParallelLinear(8, vocab, Axis("tensor"), bias=False, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(num_tokens, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, vocab, (num_tokens,), device="cuda")
-    before = device.kernels()
-    linear_cross_entropy(x, layer, targets, vocab_range=(0, vocab)).backward()
-    return {"fused": fuses_loss(num_tokens, vocab), "kernels": sum((device.kernels() - before).values())}
+    device.forget_peak()
+    before, held = device.kernels(), device.held
+    loss = linear_cross_entropy(x, layer, targets, vocab_range=(0, vocab))
+    peak = device.peak - held
+    loss.backward()
+    kernels = sum((device.kernels() - before).values())
+    return {"fused": fuses_loss(num_tokens, vocab), "kernels": kernels, "peak": peak}
 
 
 def hazards(device: Device) -> dict[str, Any]:
@@ -125,9 +134,9 @@ def hazards(device: Device) -> dict[str, Any]:
     pinned = torch.zeros(4, pin_memory=True)
     waited = device.waits
     pinned.copy_(there, non_blocking=True)
-    found["before"] = bool(pinned.isnan().all())
+    found["before"], found["quiet"] = bool(pinned.isnan().all()), device.waits - waited
     torch.cuda.current_stream().synchronize()
-    found["after"], found["quiet"] = pinned.equal(here), device.waits - waited
+    found["after"] = pinned.equal(here)
     torch.zeros(4).copy_(there, non_blocking=True)
     there.sum().item()
     here.to("cuda")
