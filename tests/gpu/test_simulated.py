@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,14 +173,29 @@ def test_any_mesh_trains_as_on_the_cpu(command, ranks, mesh: str, changes: dict[
         assert found["waits"][:2] == [1, 1], "the third compares copies too"
 
 
+def run_recipe(command: list[str], *options: str) -> str:
+    line = [*command, "script", str(ROOT / "recipes/gpt.py"), "device=cuda", *options]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_memory_of_the_recipe_is_what_was_planned(command, tmp_path: Path):
+    """Without the probabilities of attention that a CPU keeps, with those of the loss: measured by the allocator."""
+    options = ["steps=1", "checkpoint.every=0", "validation.every=0", f"output={tmp_path / 'out'}"]
+    said = run_recipe(command, *options, "dtype=bfloat16")
+    found = re.search(r"what is temporary ([\d.]+) MB \(([\d.]+) MB\)", said)
+    assert found is not None, said
+    measured, planned = map(float, found.groups())
+    assert planned > 30 and measured == pytest.approx(planned, rel=0.1)
+
+
 def test_the_recipe_saves_beside_the_training_and_goes_on(command, tmp_path: Path):
     """From what was saved in the background, out of pinned memory, a run goes on to the same digits."""
-    options = [*SMALL, "log_every=1", "checkpoint.every=2", "checkpoint.background=true", "validation.every=4"]
+    options = [*SMALL[1:], "log_every=1", "checkpoint.every=2", "checkpoint.background=true", "validation.every=4"]
 
     def run(output: str, *more: str) -> list[dict[str, Any]]:
-        line = [*command, "script", str(ROOT / "recipes/gpt.py"), *options, f"output={tmp_path / output}", *more]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_recipe(command, *options, f"output={tmp_path / output}", *more)
         return [json.loads(text) for text in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
 
     whole = run("whole", "steps=4")

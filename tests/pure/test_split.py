@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parallax.config import ModelConfig
 from parallax.config_io import load
 from parallax.errors import ConfigError, ScheduleError
-from parallax.models.costs import unit_costs
+from parallax.models.costs import FUSE_ABOVE, LOGITS_ON_A_GPU, unit_costs
 from parallax.pipeline.split import Unit, balanced_split, check_partition, split_from_layers, stage_table
 from parallax.stage_plan import plan_stages
 
@@ -161,3 +161,15 @@ def test_early_stages_hold_more_and_a_cap_moves_layers_to_later_ones():
     with pytest.raises(ConfigError, match="too small for any split into 4 stages"):
         plan_stages(load([*options, f"pipeline.max_memory_bytes={round(most * 0.2)}"]))
     assert "in flight" in free.describe() and " MB  " in free.describe()
+
+
+@pytest.mark.parametrize("vocab", [1000, 50_000])
+def test_a_gpu_is_planned_for_the_loss_too(vocab: int):
+    """Of the last stage alone, once whatever is in flight: probabilities in float32, and logits that are not held."""
+    options = ["dtype=bfloat16", "mesh=1x1x2", f"model.vocab={vocab}", "corpus.sequence_length=1024"]
+    options += ["batch.global_size=8", "batch.microbatch_size=2", "recompute=full"]  # attention keeps nothing anywhere
+    on_cpu, on_gpu = (plan_stages(load([*options, f"device={device}"])).memory for device in ("cpu", "cuda"))
+    logits = 2 * 1024 * vocab
+    expected = 4 * logits if logits <= FUSE_ABOVE else min(logits, LOGITS_ON_A_GPU) * (2 + 4)
+    assert on_gpu[1].activations - on_cpu[1].activations == expected
+    assert on_gpu[0] == on_cpu[0]
