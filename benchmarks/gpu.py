@@ -3,14 +3,15 @@
     python benchmarks/gpu.py [model=124M,350M,1.5B] [steps=20] [batch=8] [dtype=bfloat16] [device=cuda] [append=FILE]
 
 GPT-2 shapes, 1024 tokens, AdamW; float32 masters in parallax, autocast over float32 weights in the plain loop, as
-nanoGPT has it. Same weights to begin with, same batches; the first losses are printed side by side. device=cpu with
-model=tiny tries the script out.
+nanoGPT has it. Same weights to begin with, same batches; the first losses are printed side by side. One after the
+other, so that each has the memory to itself. device=cpu with model=tiny tries the script out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from torch_native import Stage
 from parallax.assemble import DTYPES, assemble
 from parallax.batches import Batch
 from parallax.config_io import load
+from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
 from parallax.metrics import peak_flops
 from parallax.step import train_step
@@ -40,23 +42,31 @@ WARM_UP = 5
 Step = Callable[[Tensor, Tensor], Any]
 
 
+class Weights(dict[str, Tensor]):
+    """Of a model, on the host. flops: of a token."""
+
+    flops = 0.0
+
+
 def batch_of(shape: dict[str, int], size: int, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, shape["vocab"], (size, shape["length"] + 1), generator=generator).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def ours(shape: dict[str, int], size: int, dtype: str, device: torch.device) -> tuple[Step, dict[str, Tensor], float]:
-    """The step, the weights it begins with, the FLOPs of a token."""
+def ours(
+    shape: dict[str, int], size: int, dtype: str, device: torch.device, compiled: bool = False
+) -> tuple[Step, dict[str, Tensor], float]:
+    """The step, the weights it begins with (on the host), the FLOPs of a token."""
     keys = [f"model.{key}={shape[key]}" for key in ("layers", "hidden", "heads", "vocab")]
     keys += ["model.positions=learned", "model.norm=layernorm", "model.activation=gelu", "model.bias=true"]
     keys += [f"corpus.sequence_length={shape['length']}", f"batch.global_size={size}", f"batch.microbatch_size={size}"]
     keys += [f"dtype={dtype}", f"device={device.type}", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
-    keys += ["optimizer.max_grad_norm=0", "optimizer.lr=1e-4"]
+    keys += ["optimizer.max_grad_norm=0", "optimizer.lr=1e-4", f"compile={str(compiled).lower()}"]
     config = load(keys)
     run, state = assemble(config, init_mesh("1x1x1", device_type=device.type))
     named = dict(run.stages[0].named_parameters())
-    weights = {spec.name: spec.view(named[spec.parameter].detach()).float().clone() for spec in run.specs[0]}
+    weights = {spec.name: spec.view(named[spec.parameter].detach()).float().cpu().clone() for spec in run.specs[0]}
     numbers = iter(range(1 << 30))
 
     def step(tokens: Tensor, targets: Tensor) -> float:
@@ -104,44 +114,42 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def row(
+    model: str, who: str, compiled: bool, size: int, steps: int, dtype: str, device: torch.device, weights: Weights
+) -> str:
+    """One line of the table. weights: filled by parallax, which comes first, and taken by the plain loop."""
+    shape, name = MODELS[model], f"{who}, compiled" if compiled else who
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        if who == "parallax":
+            step, own, weights.flops = ours(shape, size, dtype, device, compiled)
+            weights.update(own)
+        else:
+            step = plain(shape, weights, dtype, device, compiled)
+        took, loss = measure(step, shape, size, steps, device)
+    except (ConfigError, RuntimeError) as error:  # out of memory, no compiler
+        return f"| {model} | {name} | {str(error).splitlines()[0][:80]} |"
+    tokens, peak = size * shape["length"] / took, peak_flops(device, DTYPES[dtype])
+    mfu = f"{tokens * weights.flops / peak:.1%}" if peak else ""
+    held = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    return f"| {model} | {name} | {1000 * took:.1f} | {tokens:,.0f} | {mfu} | {loss:.4f} | {held:.1f} |"
+
+
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     device, dtype = torch.device(options.get("device", "cuda")), options.get("dtype", "bfloat16")
     size, steps = int(options.get("batch", "8")), int(options.get("steps", "20"))
-    peak = peak_flops(device, DTYPES[dtype])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    said = [
-        f"{name}, {dtype}, batch {size}; {machine()}",
-        "",
-        "| model | who | ms | tokens/s | MFU | first loss | peak GB |",
-    ]
-    said.append("|" + "---|" * 7)
+    said = [f"{name}, {dtype}, batch {size}; {machine()}", ""]
+    said += ["| model | who | ms | tokens/s | MFU | first loss | peak GB |", "|" + "---|" * 7]
     print("\n".join(said), flush=True)
     for model in options.get("model", "124M,350M,1.5B").split(","):
-        shape = MODELS[model]
-        mine, weights, flops = ours(shape, size, dtype, device)
-        makers: dict[str, Callable[[], Step]] = {
-            "parallax": lambda mine=mine: mine,  # type: ignore[misc]
-            "torch": lambda weights=weights, shape=shape: plain(shape, weights, dtype, device, False),  # type: ignore[misc]
-            "torch, compiled": lambda weights=weights, shape=shape: plain(shape, weights, dtype, device, True),  # type: ignore[misc]
-        }
-        for who, make in makers.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            try:
-                took, loss = measure(make(), shape, size, steps, device)
-            except RuntimeError as error:  # out of memory, no compiler
-                line = f"| {model} | {who} | {str(error).splitlines()[0][:80]} |"
-            else:
-                tokens = size * shape["length"] / took
-                mfu = f"{tokens * flops / peak:.1%}" if peak else ""
-                held = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-                line = f"| {model} | {who} | {1000 * took:.1f} | {tokens:,.0f} | {mfu} | {loss:.4f} | {held:.1f} |"
-            print(line, flush=True)
-            said.append(line)
-            gc.collect()
-        del mine, makers
-        gc.collect()
+        weights = Weights()
+        for who, compiled in itertools.product(("parallax", "torch"), (False, True)):
+            said.append(row(model, who, compiled, size, steps, dtype, device, weights))
+            print(said[-1], flush=True)
+            gc.collect()  # the next has the memory to itself
     if "append" in options:
         with open(options["append"], "a") as file:
             print("\n" + "\n".join(said), file=file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -51,6 +52,35 @@ def train_on(device: str, changes: dict[str, Any]) -> list[tuple[float, float]]:
 def test_cuda_trains_as_the_cpu_does(variant: str):
     """Float64: the same initial weights, dropout masks and losses on either device."""
     assert worst(train_on("cuda", VARIANTS[variant]), train_on("cpu", VARIANTS[variant])) <= 1e-9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("variant", ["llama", "gpt2-dropout"])
+def test_compiled_it_trains_the_same(variant: str):
+    """Norms, activations, positions, and dropout's mask to the last bit."""
+    compiled = train_on("cuda", VARIANTS[variant] | {"compile": "true"})
+    assert worst(compiled, train_on("cpu", VARIANTS[variant])) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_loss_and_its_gradient_are_torch_s(dtype: str):
+    """Of logits that are not held, in several chunks, with ignored targets."""
+    from parallax.mesh import Axis
+    from parallax.tensor.fused_loss import linear_cross_entropy
+    from parallax.tensor.layers import ColumnParallelLinear
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    layer = ColumnParallelLinear(64, 30_000, Axis("tensor"), bias=False, device="cuda", dtype=kind)
+    x = torch.randn(3000, 64, device="cuda", dtype=kind, requires_grad=True)
+    targets = torch.randint(0, 30_000, (3000,), device="cuda")
+    targets[::7] = -100
+    linear_cross_entropy(x, layer, targets, vocab_range=(0, 30_000), scale=1024 / 2571).backward()
+    exact = x.detach().double().requires_grad_()
+    weight = layer.weight.detach().double().requires_grad_()
+    (1024 * torch.nn.functional.cross_entropy(exact @ weight.T, targets)).backward()  # float16 needs a loss scale
+    for found, wanted in ((x.grad, exact.grad), (layer.weight.grad, weight.grad)):
+        assert (found.double() - wanted).norm() <= (1e-2 if kind != torch.float32 else 1e-4) * wanted.norm()
 
 
 def test_the_recipe_trains_in_bfloat16(tmp_path: Path):
