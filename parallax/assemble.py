@@ -144,9 +144,8 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         keep_freed_memory()
     baseline = peak_memory_bytes(mesh.device)
     batch = resolve_batch(config)
-    plan = plan_stages(
-        replace(config, device="cpu" if mesh.device.type == "cpu" else "cuda")
-    )  # auto is one of them by now
+    # Where it computes is known by now, whatever device=auto was planned for before.
+    plan = plan_stages(replace(config, device="cpu" if mesh.device.type == "cpu" else "cuda"))
     schedule, spans = plan.schedule, plan.spans
     evaluation = prove(forward_only(schedule))
     rank = mesh.pipeline.rank

@@ -44,7 +44,7 @@ def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
     seeds, columns = mask_seeds(rows, num_columns, key)
     if rows.is_cuda:
         return kept(seeds, columns, threshold(drop)).view(*rows.shape, num_columns)
-    keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool)
+    keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool, device=rows.device)
     step = max(1, CACHED_ELEMENTS // max(1, num_columns))  # runs of rows that stay in the cache
     for start in range(0, seeds.shape[0], max(1, step)):
         part = slice(start, start + step)
