@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention")
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", ATTENTION, f"{ATTENTION}_backward"}
 OF_NO_KERNEL = {"detach", "resize_", "lift_fresh", "set_", "_unsafe_view"}
 
 
@@ -43,10 +44,7 @@ def count(device: Any, who: str, model: str, size: int, dtype: str) -> dict[str,
             tensors = {id(t): t for t in [*given, *tree_leaves(result)] if isinstance(t, torch.Tensor)}
             kernels[name] += 1
             touched[name] += sum(t.numel() * t.element_size() for t in tensors.values())
-            if name == "softmax" and args[0].dtype not in (
-                result.dtype,
-                torch.float16,
-            ):  # widened first, unseen from here
+            if name == "softmax" and args[0].dtype == torch.bfloat16:  # widened first, unseen from here
                 touched[name] += 2 * result.numel() * result.element_size()
             return result
 
@@ -61,13 +59,11 @@ def count(device: Any, who: str, model: str, size: int, dtype: str) -> dict[str,
     with Counting():
         loss = step(*data)
     waits, launched = device.waits - waited, device.kernels() - launched
-    products = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
-    apart = sum(b for name, b in touched.items() if name.removesuffix("_") not in PRODUCTS and name not in products)
     return {
         "loss": float(loss),
         "kernels": sum(launched.values()),
         "bytes": sum(touched.values()),
-        "apart": apart,
+        "apart": sum(count for name, count in touched.items() if name not in PRODUCTS),
         "waits": waits,
         "most": [(name, kernels[name], size) for name, size in touched.most_common(8)],
     }

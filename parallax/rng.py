@@ -42,10 +42,8 @@ def keep_mask(rows: Tensor, num_columns: int, key: int, drop: float) -> Tensor:
     rows gives that slice of the mask.
     """
     seeds, columns = mask_seeds(rows, num_columns, key)
-    if rows.is_cuda:
-        return kept(seeds, columns, threshold(drop)).view(*rows.shape, num_columns)
     keep = torch.empty(seeds.shape[0], num_columns, dtype=torch.bool, device=rows.device)
-    step = max(1, CACHED_ELEMENTS // max(1, num_columns))  # runs of rows that stay in the cache
+    step = max(1, CACHED_ELEMENTS // max(1, num_columns))  # runs of rows that stay in a CPU's cache
     for start in range(0, seeds.shape[0], max(1, step)):
         part = slice(start, start + step)
         keep[part] = kept(seeds[part], columns, threshold(drop))

@@ -80,9 +80,10 @@ def make_batch(config: Config, mesh: Mesh, step: int) -> Batch:
     return Batch(*(part.to(mesh.device) for part in parts), step)
 
 
-def start(mesh: str, **changes: Any) -> tuple[Run, TrainState]:
+def start(mesh: str, *, on: str = "cpu", **changes: Any) -> tuple[Run, TrainState]:
+    """on: the device, cpu or cuda."""
     config = make_config(mesh, **changes)
-    return assemble(config, init_mesh(config.mesh, device_type="cpu"))
+    return assemble(config, init_mesh(config.mesh, device_type=on))
 
 
 def advance(run: Run, state: TrainState, num_steps: int) -> list[tuple[float, float]]:

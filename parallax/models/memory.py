@@ -71,7 +71,9 @@ class MemoryModel:
         return StageMemory(params * values, params * grad, params * self._state() / self.parts, activations)
 
     def _loss(self) -> float:
-        """What a GPU has of the loss for a moment: probabilities, and logits that are not held."""
+        """What a GPU has of the loss for a moment: probabilities, and logits that are not held; without those that are
+        widened on their way to the softmax, 64 MB at most.
+        """
         logits = self.tokens * self.config.model.vocab / self.config.mesh_shape.tensor
         wide = max(4, self.size)
         if not fuses_loss(self.tokens, logits / self.tokens):

@@ -4,7 +4,7 @@ place in the whole parameter, so that neither mesh nor chunks show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,28 +56,31 @@ def bits_by_box(places: Sequence[Place], keys: Sequence[int], size: int) -> Tens
     return bits
 
 
+def _without_gaps(places: Sequence[Place], size: int) -> Iterator[Place]:
+    """The places, and rows of padding between them."""
+    at = 0
+    for place in [*places, Place(0, (), (), size, size)]:
+        if gap := place.start - at:
+            yield Place(0, ((0, gap),), (gap,), at, place.start)
+        if place.start < size:
+            yield place
+        at = place.stop
+
+
 class Rows:
     """The rows of all boxes of a chunk, for a GPU: some forty kernels draw the bits of the chunk, where by box it would
     be as many for each. Keeps 20 bytes a row.
     """
 
     def __init__(self, places: Sequence[Place], size: int, device: torch.device) -> None:
-        numbers, lengths, shifts, owners, at = [], [], [], [], 0
-        for place in [*places, Place(0, (), (), size, size)]:
-            if place.start > at:  # padding
-                lengths.append(torch.tensor([place.start - at], dtype=torch.int32))
-                numbers.append(torch.zeros(1, dtype=torch.int64))
-                shifts.append(torch.zeros(1, dtype=torch.int32))
-                owners.append(torch.zeros(1, dtype=torch.int32))
-            if place.stop == place.start:
-                continue
+        numbers, lengths, shifts, owners = [], [], [], []
+        for place in _without_gaps(places, size):
             rows, (first, last) = place.rows(), place.columns
             starts = place.start + (last - first) * torch.arange(len(rows), dtype=torch.int32)
             numbers.append(rows)
             lengths.append(torch.full((len(rows),), last - first, dtype=torch.int32))
             shifts.append(first - starts)
             owners.append(torch.full((len(rows),), place.piece, dtype=torch.int32))
-            at = place.stop
         self.size, self.device = size, device
         self.numbers, self.lengths, self.shifts, self.owners = (
             to_device(torch.cat(parts), device) for parts in (numbers, lengths, shifts, owners)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from parallax.config import OptimizerConfig
 from parallax.data.buckets import FlatBuffers
-from parallax.data.layout import Segment
+from parallax.data.layout import Piece, Segment
 from parallax.optimizers.chance import Rows, bits_by_box, places_of
 from parallax.optimizers.masters import Masters
 from parallax.optimizers.rules import RULES, Update
@@ -126,17 +127,19 @@ class TrainOptimizer(Masters):
 
     def _store(self, stage: int, index: int, kept: dict[str, Tensor], wide: dict[str, Tensor], chunk: slice) -> None:
         pieces = [piece for piece in self.flats[stage].pieces if piece.segment == index]
+        draw = self._drawing(stage, index, pieces, chunk)
         for name, tensor in kept.items():
-            keys = [derive_key(self.seed, self.num_steps, name, piece.spec.name) for piece in pieces]
-            size = chunk.stop - chunk.start
-            if tensor.is_cuda:
-                where = (stage, index, chunk.start)
-                if where not in self._rows:
-                    self._rows[where] = Rows(places_of(pieces, chunk), size, tensor.device)
-                bits = self._rows[where].bits(keys)
-            else:
-                bits = bits_by_box(places_of(pieces, chunk), keys, size)
+            bits = draw([derive_key(self.seed, self.num_steps, name, piece.spec.name) for piece in pieces])
             tensor.copy_(round_stochastically(wide[name], bits))
+
+    def _drawing(self, stage: int, index: int, pieces: list[Piece], chunk: slice) -> Callable[[list[int]], Tensor]:
+        """What makes the bits of a chunk from its pieces' keys, in the way that suits the device."""
+        size, device, where = chunk.stop - chunk.start, self.masters[stage][index].device, (stage, index, chunk.start)
+        if device.type != "cuda":
+            return partial(bits_by_box, places_of(pieces, chunk), size=size)
+        if where not in self._rows:
+            self._rows[where] = Rows(places_of(pieces, chunk), size, device)
+        return self._rows[where].bits
 
     def set_step(self, step: int) -> None:
         """Resume the bias correction at this many steps done."""

@@ -39,7 +39,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() * scale).clamp_(-most, most).to(dtype), scale.reciprocal()
 
 
-def multiply(a: Tensor, b: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype, narrow: Quantize = quantize) -> Tensor:
+def multiply(a: Tensor, b: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype, narrow: Quantize) -> Tensor:
     """a b^T for a [M, K] and b [N, K], in bfloat16 or float32 as a is; M, N and K multiples of 16."""
     (a8, a_scale), (b8, b_scale) = narrow(a.contiguous(), a_dtype), narrow(b.contiguous(), b_dtype)
     out = torch.float32 if a.dtype == torch.float32 else torch.bfloat16
@@ -47,16 +47,16 @@ def multiply(a: Tensor, b: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype, n
     return torch._scaled_mm(a8, b8.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=out)
 
 
-def linear(x_ND: Tensor, weight_FD: Tensor, narrow: Quantize = quantize) -> Tensor:
+def linear(x_ND: Tensor, weight_FD: Tensor, narrow: Quantize) -> Tensor:
     """x W^T."""
     return multiply(x_ND, weight_FD, FORWARD, FORWARD, narrow)
 
 
-def input_grad(grad_NF: Tensor, weight_FD: Tensor, narrow: Quantize = quantize) -> Tensor:
+def input_grad(grad_NF: Tensor, weight_FD: Tensor, narrow: Quantize) -> Tensor:
     """g W."""
     return multiply(grad_NF, weight_FD.t(), BACKWARD, FORWARD, narrow)
 
 
-def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, narrow: Quantize = quantize) -> None:
+def accumulate_weight_grad(grad_NF: Tensor, x_ND: Tensor, out_FD: Tensor, narrow: Quantize) -> None:
     """out += g^T x."""
     out_FD.add_(multiply(grad_NF.t(), x_ND.t(), BACKWARD, FORWARD, narrow))

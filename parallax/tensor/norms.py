@@ -186,7 +186,7 @@ def keyed_dropout(x: Tensor, rows: Tensor, key: int, drop: float, compiled: bool
     """
     if drop == 0.0:
         return x
-    if compiled:
+    if compiled or x.is_cuda:  # all at once
         seeds, columns = mask_seeds(rows, x.shape[-1], key)
-        return pick(_dropped, True)(x, seeds.view(*rows.shape, 1), columns, threshold(drop), 1.0 - drop)
+        return pick(_dropped, compiled)(x, seeds.view(*rows.shape, 1), columns, threshold(drop), 1.0 - drop)
     return x * keep_mask(rows, x.shape[-1], key, drop).to(x.dtype).div_(1.0 - drop)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import VARIANTS, make_batch, make_config, worst
+from tests.cases import VARIANTS, advance, start, worst
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,17 +35,7 @@ SMALL = [
 
 
 def train_on(device: str, changes: dict[str, Any]) -> list[tuple[float, float]]:
-    from parallax.assemble import assemble
-    from parallax.mesh import init_mesh
-    from parallax.step import train_step
-
-    config = make_config("1x1x1", **changes)
-    run, state = assemble(config, init_mesh("1x1x1", device_type=device))
-    rows = []
-    for step in range(4):
-        result = train_step(run, state, make_batch(config, run.mesh, step))
-        rows.append((result.loss, result.grad_norm))
-    return rows
+    return advance(*start("1x1x1", on=device, **changes), 4)
 
 
 @pytest.mark.parametrize("variant", ["gpt2-tied", "llama", "gpt2-dropout"])

@@ -143,7 +143,9 @@ def test_the_loss_is_not_cut_as_for_a_cache(simulated):
     found = simulated("loss_kernels", tokens, vocab)
     assert found["fused"] and found["kernels"] < 100
     weight = 4 * vocab * width
-    assert found["peak"] < 1.05 * (tokens * vocab * (2 + 4) + 4 * loss.WIDENED) + 2 * weight, "as the plan has it"
+    assert found["peak"] < 1.05 * (tokens * vocab * (2 + 4) + 4 * loss.WIDENED) + 2 * weight, (
+        "as the plan has it, and what is widened"
+    )
 
 
 def test_the_next_logits_are_made_when_the_last_are_gone(simulated):

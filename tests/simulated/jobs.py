@@ -6,8 +6,6 @@ from typing import Any
 
 from tests.simulated.device import Device
 
-Rows = list[tuple[float, float]]
-
 
 def train(
     device: Device, changes: dict[str, Any], steps: int = 3, mesh: str = "1x1x1", again: bool = False
@@ -16,16 +14,13 @@ def train(
 
     again: the same batch in every step.
     """
-    from parallax.assemble import assemble
-    from parallax.mesh import init_mesh
     from parallax.step import train_step
-    from tests.cases import make_batch, make_config
+    from tests.cases import make_batch, start
 
-    config = make_config(mesh, **changes)
-    run, state = assemble(config, init_mesh(mesh, device_type="cuda"))
+    run, state = start(mesh, on="cuda", **changes)
     rows, waits = [], []
     for step in range(steps):
-        batch = make_batch(config, run.mesh, 0 if again else step)
+        batch = make_batch(run.config, run.mesh, 0 if again else step)
         kernels, waited = device.kernels(), device.waits
         result = train_step(run, state, batch)
         rows.append((result.loss, result.grad_norm))
@@ -41,15 +36,12 @@ def same_moments(device: Device, changes: dict[str, Any]) -> float:
     """The share of the optimizer's moments that are on the device, bit for bit, what they are on the CPU."""
     import torch
 
-    from parallax.assemble import assemble
-    from parallax.mesh import init_mesh
-    from parallax.step import train_step
-    from tests.cases import make_batch, make_config
+    from tests.cases import advance, start
 
-    config, moments = make_config("1x1x1", **changes), []
+    moments = []
     for kind in ("cuda", "cpu"):
-        run, state = assemble(config, init_mesh("1x1x1", device_type=kind))
-        train_step(run, state, make_batch(config, run.mesh, 0))
+        run, state = start("1x1x1", on=kind, **changes)
+        advance(run, state, 1)
         found = state.optimizer.flat_state(0)
         moments.append(torch.cat([t.cpu() for name in ("exp_avg", "exp_avg_sq") for t in found[name]]))
     used = moments[1] != 0
@@ -88,13 +80,10 @@ def read_batches(device: Device) -> int:
 def evaluate(device: Device, changes: dict[str, Any], num_batches: int) -> int:
     """How often the host waits for the validation loss of some batches."""
     import parallax.step
-    from parallax.assemble import assemble
-    from parallax.mesh import init_mesh
-    from tests.cases import make_batch, make_config
+    from tests.cases import make_batch, start
 
-    config = make_config("1x1x1", **changes)
-    run, _ = assemble(config, init_mesh("1x1x1", device_type="cuda"))
-    batches = [make_batch(config, run.mesh, step) for step in range(num_batches)]
+    run, _ = start("1x1x1", on="cuda", **changes)
+    batches = [make_batch(run.config, run.mesh, step) for step in range(num_batches)]
     waited = device.waits
     parallax.step.evaluate(run, batches)
     return device.waits - waited
