@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallax.checkpoint.place import Place, place
-from parallax.errors import CheckpointError, ConfigError, printable
+from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint, printable
 
 if TYPE_CHECKING:
     from parallax.checkpoint import Manifest
@@ -78,18 +78,18 @@ def _ls(words: Sequence[str]) -> tuple[Any, list[str], int]:
 
     rows: list[dict[str, Any]] = []
     for path in checkpoint.find(_checkpoints(_one(words, "run"))):
-        row: dict[str, Any] = {"path": str(path), "step": checkpoint.step_of(path), "problem": None}
+        row: dict[str, Any] = {"path": str(path), "step": checkpoint.step_of(path), "problem": None, "damaged": False}
         try:
             manifest = checkpoint.read_manifest(path)
             row |= {"bytes": sum(file.bytes for file in manifest.files.values()), "files": len(manifest.files)}
             row["mesh"] = manifest.state.get("mesh")
-        except CheckpointError as error:
-            row["problem"] = str(error)
+        except CheckpointError as error:  # one of a newer version, or that may not be read, is no damage
+            row |= {"problem": str(error), "damaged": isinstance(error, DamagedCheckpoint)}
         rows.append(row)
     lines = [f"{'step':>8}  {'size':>8}  {'files':>5}  mesh"] if rows else ["no checkpoints"]
     for row in rows:
         shown = f"{format_bytes(row['bytes']):>8}  {row['files']:>5}  {row['mesh']}" if not row["problem"] else ""
-        lines.append(f"{row['step']:>8}  {shown or 'DAMAGED: ' + row['problem']}")
+        lines.append(f"{row['step']:>8}  {shown or 'DAMAGED: ' * row['damaged'] + row['problem']}")
     return rows, lines, int(any(row["problem"] for row in rows))
 
 

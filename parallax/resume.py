@@ -65,7 +65,7 @@ class Checkpoints:
         self.run, self.output, self.directory = run, output, checkpoints_of(run.config, output)
         self._exchange = _Exchange(run.mesh)
         self._rollbacks: Counter[str] = Counter()
-        self.lock: checkpoint.DirectoryLock | None = None
+        self.locks: list[checkpoint.DirectoryLock] = []
         self._under_way: checkpoint.BackgroundSave | None = None
         self._told = False
         self._staging: checkpoint.Staging = {}
@@ -75,19 +75,29 @@ class Checkpoints:
         written. Raises CheckpointError on every rank.
         """
         problem = None
-        if self.run.mesh.rank == 0 and self.lock is None:
+        if self.run.mesh.rank == 0 and not self.locks:
             try:
-                # Other stores have no locks: there the output directory's keeps this machine's runs apart.
-                self.lock = checkpoint.DirectoryLock(
-                    self.directory if isinstance(self.directory, Path) else self.output
-                )
+                for directory in self._own_directories():
+                    self.locks.append(checkpoint.DirectoryLock(directory))
                 checkpoint.clear_leftovers(self.directory)
                 describe_run(self.run.config, self.output)
             except (ParallaxError, OSError) as error:
                 problem = str(error)
+                while self.locks:
+                    self.locks.pop().release()
         problem = self._exchange.gather_json(problem)[0]
         if problem is not None:
             raise CheckpointError(problem)
+
+    def _own_directories(self) -> list[Path]:
+        """What no other run may write into meanwhile. Other stores than directories have no locks: there the output's
+        keeps this machine's runs apart.
+        """
+        if not isinstance(self.directory, Path):
+            return [self.output]
+        if self.run.config.checkpoint.directory is None:  # within the output
+            return [self.directory]
+        return list({path.resolve(): path for path in (self.output, self.directory)}.values())
 
     def save_or_warn(self, state: TrainState, *, last: bool) -> str:
         """Save; returns what to say. A save that fails leaves everything as it was: the run goes on and tries again
@@ -235,7 +245,7 @@ class Checkpoints:
 
     def _set_aside(self, path: Place) -> str:
         """Give a damaged checkpoint another name, so that its step can be saved again; returns what to say of it."""
-        if self.lock is None:  # of rank 0
+        if not self.locks:  # of rank 0
             return ""
         try:
             return f"; it is kept as {checkpoint.set_aside(path).name}"

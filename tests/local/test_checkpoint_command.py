@@ -59,6 +59,12 @@ def test_ls_and_show(saved: Path, capsys):
     assert code == 1 and "DAMAGED" in out.splitlines()[-1]
 
 
+def test_ls_calls_one_of_a_newer_version_no_damage(saved: Path, capsys):
+    edit(checkpoint.find(saved / "checkpoints")[-1], lambda manifest: manifest.update(version=2))
+    code, out = answer(capsys, "ls", saved)
+    assert code == 1 and "install the parallax that wrote it" in out and "DAMAGED" not in out
+
+
 def test_verify(saved: Path, capsys):
     paths = checkpoint.find(saved / "checkpoints")
     assert answer(capsys, "verify", *paths) == (0, "".join(f"{path} is sound\n" for path in paths))

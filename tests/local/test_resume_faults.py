@@ -59,10 +59,25 @@ def test_a_run_that_the_lock_refuses_writes_nothing(tmp_path: Path):
         other.take_lock()
     assert (tmp_path / "config.yaml").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
-    assert checkpoints.lock is not None
-    checkpoints.lock.release()
+    checkpoints.locks[0].release()
     other.take_lock()
     assert "lr: 0.5" in (tmp_path / "config.yaml").read_text()
+
+
+def test_runs_of_one_output_with_checkpoints_elsewhere_do_not_mix(tmp_path: Path):
+    """The output's config.yaml and metrics are one run's, whatever directory each has for its checkpoints."""
+    output = tmp_path / "output"
+    checkpoints, _ = begin(output, **{"checkpoint.directory": str(tmp_path / "a")})
+    checkpoints.take_lock()
+    other, _ = begin(output, **{"checkpoint.directory": str(tmp_path / "b")})
+    with pytest.raises(CheckpointError, match=f"{output} is in use by another run"):
+        other.take_lock()
+    same, _ = begin(tmp_path / "another", **{"checkpoint.directory": str(tmp_path / "a")})
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'a'} is in use by another run"):
+        same.take_lock()
+    assert not same.locks  # what it had taken it let go
+    once, _ = begin(tmp_path / "once", **{"checkpoint.directory": str(tmp_path / "once")})
+    once.take_lock()
 
 
 @pytest.mark.parametrize("url", [False, True])
