@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallax.processor import Processor
 from parallax.tensor import products
+from tests.cases import TIED, advance, start
 
 WIDE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 
@@ -123,6 +126,34 @@ def test_the_first_product_of_a_process_may_be_anywhere():
     with FlopCounterMode(display=False) as counter:
         assert products._keeps_every_bit()
     assert counter.get_total_flops() == 0
+
+
+class Products(TorchDispatchMode):
+    """By name of the operation, how often oneDNN was to have it, and how often torch was left to choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, bool]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_linear_pointwise"):
+            self.seen[name, products.ONEDNN._inside > 0 or name == "_linear_pointwise"] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(not can_have_onednn(), reason="torch has no oneDNN, or it takes the leave to round")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_gives_every_product_to_the_library(compiled: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of linear layers forward, by inputs and by weights, and of attention."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    small = {"model.layers": 2, "corpus.sequence_length": 128, "batch.global_size": 4, "batch.microbatch_size": 2}
+    run, state = start("1x1x1", **TIED | small | {"dtype": "float32", "compile": compiled})
+    advance(run, state, 1)
+    with Products() as found:
+        advance(run, state, 1)
+    assert {inside for _, inside in found.seen} == {True}, found.seen
+    assert {"mm", "addmm_", "bmm", "baddbmm_", "_linear_pointwise"} <= {name for name, _ in found.seen}, found.seen
 
 
 def setting() -> str:
