@@ -65,10 +65,11 @@ def train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None = No
     rank: in float16 the step is skipped and the loss scale halved, else on_nan decides: FloatingPointError on every
     rank alike, or a skipped step.
     """
+    number = state.step + 1
     try:
         return _train_step(run, state, batch, stop)
     except Exception as error:
-        error.add_note(f"{run.mesh.label} in step {state.step + 1}")
+        error.add_note(f"{run.mesh.label} in step {number}")
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.cases import GPT2, LLAMA, SEQUENCE_PARALLEL, TIED, VARIANTS, advance,
 
 FLOAT32 = {"dtype": "float32"}
 KV = LLAMA | {"model.kv_heads": 2}
+ROWLESS = GPT2 | {"model.vocab": 16, "model.vocab_multiple": 16}
+"""The second of two ranks along tensor has no row of the vocabulary, so that its shards end elsewhere."""
 # (mesh, changes, the rank whose copy changes, canonical name, local name, along which axis, ranks named)
 FLIPS: dict[str, tuple[str, dict[str, Any], int, str, str, str, str]] = {
     "data": ("3x1x1", GPT2, 2, "layers.4.mlp.up.weight", "layers.4.mlp.up.weight", "data", "rank 2"),
@@ -31,6 +34,15 @@ FLIPS: dict[str, tuple[str, dict[str, Any], int, str, str, str, str]] = {
     ),
     "norm": ("1x3x1", LLAMA, 2, "final_norm.weight", "final_norm.weight", "tensor", "rank 2"),
     "key heads": ("1x8x1", KV, 5, "layers.2.attention.k.weight", "layers.2.attention.qkv.weight", "tensor", "rank 5"),
+    "shards that end elsewhere": (
+        "2x2x1",
+        ROWLESS | {"data.zero": 3},
+        1,
+        "embedding.position.weight",
+        "embedding.position.weight",
+        "tensor",
+        "rank 1",
+    ),
     "tied": ("1x1x2", GPT2 | TIED, 1, "embedding.token.weight", "head.weight", "pipeline", "rank 1"),
 }
 
@@ -74,8 +86,9 @@ def checked_each(mesh: str, changes: dict[str, Any]) -> list[Any]:
 
 def test_no_copy_drifts_apart(ranks):
     """After every step, with tied weights, sequence parallelism, and three data ranks, whose sums have an order."""
-    for mesh, changes in (("2x2x2", VARIANTS["llama-tied-sp"]), ("3x1x2", GPT2 | TIED)):
-        size = 8 if mesh == "2x2x2" else 6
+    cases = ("2x2x2", VARIANTS["llama-tied-sp"]), ("3x1x2", GPT2 | TIED), ("2x2x1", ROWLESS)
+    for mesh, changes in cases:
+        size = math.prod(map(int, mesh.split("x")))
         assert all(len(rows) == 4 for rows in ranks(size, checked_each, mesh, changes))
 
 
