@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from parallax.allocator import keep_freed_memory
 from parallax.comm import gather_json
 from parallax.compiled import require_compiler
-from parallax.config import Config, ResolvedBatch, check, resolve_batch
+from parallax.config import Config, OptimizerConfig, ResolvedBatch, check, resolve_batch
 from parallax.data.buckets import FlatBuffers
 from parallax.data.choose import CASTS, replicate
 from parallax.data.gather import block_of
@@ -132,7 +135,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
 
     model: makes a stage from (config.model, mesh, units, ...), on the meta device; Transformer unless told.
     Collectives: the names of all parameters are gathered over pipeline once. Raises ConfigError, ScheduleError on
-    every rank alike before that.
+    every rank alike.
     """
     if problems := check(config):
         raise ConfigError("; ".join(problems))
@@ -151,6 +154,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
     rank = mesh.pipeline.rank
     stages = {s: build_stage(config, mesh, range(*spans[s]), model) for s in schedule.stages_of(rank)}
     specs = {s: collect(stage, mesh) for s, stage in stages.items()}
+    order = _canonical_order(specs, mesh, config.optimizer)
     ties = _ties(config, schedule)
     shards, replicas = _shards(config, mesh)
     flats = {
@@ -172,7 +176,7 @@ def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> t
         plan=plan,
         stages=stages,
         specs=specs,
-        order=_canonical_order(specs, mesh),
+        order=order,
         flats=flats,
         sync=sync,
         shards=shards,
@@ -265,15 +269,29 @@ def _ties(config: Config, schedule: Schedule) -> list[Tie]:
     return [Tie(TIED[0], (0, last), (schedule.stage_to_rank[0], schedule.stage_to_rank[last]))]
 
 
-def _canonical_order(specs: Mapping[int, Sequence[ParamSpec]], mesh: Mesh) -> dict[str, int]:
+def _canonical_order(specs: Mapping[int, Sequence[ParamSpec]], mesh: Mesh, config: OptimizerConfig) -> dict[str, int]:
     """Every canonical name of the model, in stage order: the same on any mesh, since stages are spans.
 
-    Raises ConfigError where two stages hold the same parameter and have not tied it.
+    Raises ConfigError, on every rank alike, where two stages hold the same parameter and have not tied it, and where
+    optimizer.no_decay names nothing, or a part of what is one tensor.
     """
-    mine: dict[str, Any] = {str(s): [spec.name for spec in table if not spec.tied] for s, table in specs.items()}
-    every = [(int(s), names) for rank in gather_json(mine, mesh.pipeline, mesh.device) for s, names in rank.items()]
-    order = [name for _, names in sorted(every) for name in names]
-    twice = {name for name in order if order.count(name) > 1}
+    kind = kind_of(config)
+    mine = {s: [(spec.name, spec.parameter, kind(spec), spec.tied) for spec in table] for s, table in specs.items()}
+    gathered = gather_json(mine, mesh.pipeline, mesh.device)
+    every = sorted((int(s), table) for of_rank in gathered for s, table in of_rank.items())
+    within: defaultdict[tuple[int, str], dict[str, str]] = defaultdict(dict)
+    for stage, table in every:
+        for name, tensor, treated, _ in table:
+            within[stage, tensor][name] = treated
+    for kinds in within.values():
+        if len(set(kinds.values())) > 1:
+            raise ConfigError(f"{', '.join(kinds)} are one tensor and must decay alike; name all of them or none")
+    order = [name for _, table in every for name, _, _, tied in table if not tied]
+    twice = {name for name, times in Counter(order).items() if times > 1}
     if twice:
         raise ConfigError(f"more than one stage holds {', '.join(sorted(twice)[:5])}; tie them or rename one")
+    for pattern in config.no_decay or ():
+        if not fnmatch.filter(order, pattern):
+            close = difflib.get_close_matches(pattern, order, 1) or order[:1]
+            raise ConfigError(f"optimizer.no_decay={pattern} is no parameter's name; names are such as {close[0]}")
     return {name: place for place, name in enumerate(order)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -12,6 +13,7 @@ __all__ = [
     "DamagedCheckpoint",
     "MeshError",
     "NewerCheckpoint",
+    "NotFiniteError",
     "ParallaxError",
     "ReplicaError",
     "ScheduleError",
@@ -62,12 +64,20 @@ class ReplicaError(ParallaxError):
     """Ranks that must hold the same parameter do not. Names it, and them."""
 
 
-def report(error: ParallaxError) -> None:
-    """Print an error that every rank has alike, in one line, on rank 0; the caller exits with 2 then.
+class NotFiniteError(ParallaxError, FloatingPointError):
+    """A step whose gradients are not finite, where on_nan=stop. Says where it begins."""
 
-    torchrun ends all ranks once one has exited, so the others wait here until rank 0 has had the time to speak.
+
+def report(error: ParallaxError) -> None:
+    """Print an error, in one line, on rank 0 where every rank has it; the caller exits with 2 then.
+
+    torchrun ends all ranks once one has exited, so the others wait here until rank 0 has had the time to speak. Who is
+    still there afterwards has an error of its own, and says it. For a program's last act, in its main thread.
     """
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(GRACE_S)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that trains takes it as a wish to end after the step
+    time.sleep(GRACE_S)
+    print(f"[rank {rank} of {os.environ.get('WORLD_SIZE', '1')}] error: {error}", file=sys.stderr, flush=True)

@@ -24,17 +24,17 @@ PEER_IS_GONE = re.compile(
 def entrypoint(main: Callable[[], None]) -> None:
     """Run a program's main under torchrun or alone, then exit: 0, or as below.
 
-    A ParallaxError is raised alike on every rank: rank 0 prints it in one line, all exit with 2. Any
-    other exception is one rank's: it prints the traceback with its rank and exits with 1, and torchrun, which gets
-    the traceback through its error file, ends the others within seconds.
+    A ParallaxError is raised alike on every rank: rank 0 prints it in one line, all exit with 2, and torchrun adds
+    its summary; one that a single rank has, which prints it, ends the others too. Any other exception is one rank's:
+    it prints the traceback with its rank and exits with 1, and torchrun, which gets the traceback through its error
+    file, ends the others within seconds.
     """
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        record(_labelled(main))()
-    except ParallaxError as error:
-        report(error)
-        _leave(2)
+        if error := record(_labelled(main))():
+            report(error)
+            _leave(2)
     except Exception:  # noqa: BLE001 - already printed
         _leave(1)
     comm.close()
@@ -42,12 +42,14 @@ def entrypoint(main: Callable[[], None]) -> None:
     _leave(0)
 
 
-def _labelled(main: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
+def _labelled(main: Callable[[], None]) -> Callable[[], ParallaxError | None]:
+    """main, which returns an error of the user's making: torchrun would show what it is given with a traceback."""
+
+    def run() -> ParallaxError | None:
         try:
             main()
-        except ParallaxError:
-            raise
+        except ParallaxError as error:
+            return error
         except Exception as error:
             me = f"[rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}]"
             if PEER_IS_GONE.search(str(error)):
@@ -58,6 +60,7 @@ def _labelled(main: Callable[[], None]) -> Callable[[], None]:
             else:
                 print(f"{me} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
+        return None
 
     return run
 

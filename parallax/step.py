@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallax.batches import Batch
 from parallax.comm import all_reduce, gather_json
+from parallax.errors import NotFiniteError
 from parallax.mesh import Axis, Mesh
 from parallax.params import ParamSpec
 from parallax.postmortem import find_origin
@@ -62,7 +63,7 @@ def train_step(run: Run, state: TrainState, batch: Batch, stop: Stop | None = No
 
     Collectives: the token count over mesh.grad, the pipeline's and the layers' own, the gradients, and the loss with
     the norm in one small vector over tensor and pipeline. Where the norm is not finite no parameter changes, on any
-    rank: in float16 the step is skipped and the loss scale halved, else on_nan decides: FloatingPointError on every
+    rank: in float16 the step is skipped and the loss scale halved, else on_nan decides: NotFiniteError on every
     rank alike, or a skipped step.
     """
     number = state.step + 1
@@ -103,7 +104,7 @@ def explain(run: Run, state: TrainState, batch: Batch, tokens: int, loss: float,
     and, but for an overflow of float16 that a smaller loss scale may cure, where it begins: the step is run again,
     watched.
 
-    Raises FloatingPointError where such a step shall end the run. Collectives: a JSON text over the world; a step's.
+    Raises NotFiniteError where such a step shall end the run. Collectives: a JSON text over the world; a step's.
     """
     bad = [spec.name for spec, grad in run.grads if not bool(grad.isfinite().all())]
     everywhere = gather_json(sorted(set(bad), key=run.order.__getitem__)[:1], run.mesh.world, run.mesh.device)
@@ -120,7 +121,7 @@ def explain(run: Run, state: TrainState, batch: Batch, tokens: int, loss: float,
     text = f"{text}; {find_origin(run, batch, scale / max(1, tokens))}"
     if run.config.on_nan != "stop":
         return text
-    raise FloatingPointError(
+    raise NotFiniteError(
         f"step {state.step + 1}: {text}; the parameters are those of step {state.step}. A lower optimizer.lr or more "
         "optimizer.warmup_steps helps most often; on_nan=skip goes on without such steps, on_nan=rollback from the "
         "last checkpoint, with other samples"
