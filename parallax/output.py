@@ -27,6 +27,8 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
     answer: dict[str, Any] = {}
     if mesh.rank == 0:
         try:
+            if config.resume not in ("none", "auto"):  # so that a name that is none leaves no directory behind
+                checkpoint.read_manifest(checkpoint.place(config.resume))
             directory = _next_run(Path("runs")) if config.output == "auto" else Path(config.output)
             found = checkpoint.latest(checkpoints_of(config, directory)) if config.resume == "none" else None
             if found is not None:

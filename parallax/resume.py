@@ -17,14 +17,11 @@ from parallax.errors import CheckpointError, DamagedCheckpoint, NewerCheckpoint,
 from parallax.mesh import Mesh
 from parallax.output import checkpoints_of, describe_run, prepare_output
 from parallax.owed import Loading, holders, owed_entries
+from parallax.same_run import refuse_another_run
 from parallax.saved_state import read_counts
 from parallax.step import TrainState
 
 __all__ = ["Checkpoints", "prepare_output"]
-
-SAME = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length", "corpus.validation_fraction")
-"""What decides which samples a step sees: a resumed run must agree with the saved one."""
-
 
 END_S = 30.0
 """How long a run that fails waits for its save: torchrun gives ranks as long when another has gone."""
@@ -71,16 +68,13 @@ class Checkpoints:
         self._staging: checkpoint.Staging = {}
 
     def take_lock(self) -> None:
-        """Keep other runs out of the directory as long as this one lives; then it is this run's: its configuration is
-        written. Raises CheckpointError on every rank.
-        """
+        """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
         problem = None
         if self.run.mesh.rank == 0 and not self.locks:
             try:
                 for directory in self._own_directories():
                     self.locks.append(checkpoint.DirectoryLock(directory))
                 checkpoint.clear_leftovers(self.directory)
-                describe_run(self.run.config, self.output)
             except (ParallaxError, OSError) as error:
                 problem = str(error)
                 while self.locks:
@@ -159,7 +153,7 @@ class Checkpoints:
         if self.run.config.checkpoint.every:
             elsewhere = self.run.config.checkpoint.directory
             where = f" checkpoint.directory={elsewhere}" if elsewhere else ""
-            return f"go on with output={self.output}{where} resume=auto"
+            return f"go on with config={self.output}/config.yaml output={self.output}{where} resume=auto"
         return "nothing was saved, as checkpoint.every=0 says"
 
     def save(self, state: TrainState) -> Place:
@@ -189,17 +183,33 @@ class Checkpoints:
         Returns what to say: the directory that it came from, and those that were passed over and why. Raises
         CheckpointError on every rank alike; the state is then unchanged.
         """
-        wish = self.run.config.resume
-        if wish == "none":
-            return ""
-        if wish != "auto":
+        wish, name = self.run.config.resume, None
+        passed: list[str] = []
+        if wish == "auto":
+            name, passed = self._load_newest(state)
+        elif wish != "none":
             self._refuse_a_branch(checkpoint.place(wish))
             self._load(checkpoint.place(wish), state)
-            return f"resumed from {wish} at step {state.step} of {self.run.config.steps}"
-        name, passed = self._load_newest(state)
+            name = wish
+        if name is not None or self.run.config.init_from == "none":
+            self._describe()
         if name is None:
             return ""
-        return "\n".join([*passed, f"resumed from {name} at step {state.step} of {self.run.config.steps}"])
+        steps = self.run.config.steps
+        done = "" if state.step < steps else ": nothing is left to do; a larger steps goes on"
+        return "\n".join([*passed, f"resumed from {name} at step {state.step} of {steps}{done}"])
+
+    def _describe(self) -> None:
+        """The run is accepted: the directory is this one's, and says so. Raises CheckpointError on every rank alike."""
+        problem = None
+        if self.locks:  # of rank 0
+            try:
+                describe_run(self.run.config, self.output)
+            except (ParallaxError, OSError) as error:
+                problem = str(error)
+        problem = self._exchange.gather_json(problem)[0]
+        if problem is not None:
+            raise CheckpointError(problem)
 
     def _found(self) -> list[str]:
         """The checkpoints in the directory, newest first. Rank 0 looks, so that all ranks take the same ones even while
@@ -278,7 +288,7 @@ class Checkpoints:
     def _load(self, path: Place, state: TrainState) -> None:
         manifest = self._read(path)
         saved, counts = manifest.state, read_counts(manifest)
-        self._check_same(path, saved)
+        refuse_another_run(path, saved, self.run.config, self.run.batch.global_size)
         loading = Loading(self.run, manifest)
         checkpoint.load(path, self._entries(state) + loading.entries, self._exchange, leaves=loading.leaves)
         loading.finish()
@@ -297,6 +307,7 @@ class Checkpoints:
         directory = Path(self.run.config.init_from)
         checkpoint.load_hf(directory, self._entries(state), self.run.config, self._exchange)
         self._publish(state)
+        self._describe()
         return f"began with the weights of {directory}"
 
     def _publish(self, state: TrainState) -> None:
@@ -317,23 +328,6 @@ class Checkpoints:
             text, newer = problems[0]
             raise NewerCheckpoint(text) if newer else DamagedCheckpoint(text)
         return found
-
-    def _check_same(self, path: Place, saved: Any) -> None:
-        now: dict[str, Any] = to_dict(self.run.config)
-        now["batch"]["global_size"] = self.run.batch.global_size
-        different = []
-        for key in SAME:
-            before: Any = saved.get("config", {})
-            after: Any = now
-            for part in key.split("."):
-                before, after = before.get(part, {}), after[part]
-            if before != after:
-                different.append(f"{key} was {before}, is {after}")
-        if different:
-            raise CheckpointError(
-                f"{path} was saved by a run that saw other samples ({'; '.join(different)}), so going on would repeat "
-                "some and skip others; set these keys as they were"
-            )
 
     def _entries(self, state: TrainState, *, saving: bool = False) -> list[Entry]:
         """This rank's boxes of parameters and moments: views of the optimizer's flat buffers."""

@@ -62,6 +62,7 @@ RANK = {
     "replicas": 11,
     "owed": 11,
     "saved_state": 11,
+    "same_run": 11,
     "postmortem": 11,
     "step": 12,
     "assemble": 13,

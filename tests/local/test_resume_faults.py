@@ -14,11 +14,11 @@ import pytest
 from parallax import checkpoint
 from parallax.checkpoint import Place
 from parallax.checkpoint.place import file_system
-from parallax.errors import CheckpointError
+from parallax.errors import CheckpointError, ConfigError
 from parallax.mesh import init_mesh
 from parallax.resume import Checkpoints, prepare_output
 from parallax.step import TrainState
-from tests.cases import LLAMA, TIED, advance, start
+from tests.cases import LLAMA, TIED, advance, make_config, start
 
 CASE = LLAMA | TIED | {"dtype": "float32", "model.layers": 2, "checkpoint.keep": 0}
 
@@ -50,10 +50,11 @@ def damage(path: Place) -> None:
 
 def test_a_run_that_the_lock_refuses_writes_nothing(tmp_path: Path):
     """The configuration of the run that lives stays what it is."""
-    checkpoints, _ = begin(tmp_path)
+    checkpoints, state = begin(tmp_path)
     checkpoints.take_lock()
+    checkpoints.resume(state)
     before = (tmp_path / "config.yaml").read_text()
-    other, _ = begin(tmp_path, **{"optimizer.lr": 0.5, "resume": "auto"})
+    other, its = begin(tmp_path, **{"optimizer.lr": 0.5, "resume": "auto"})
     assert prepare_output(other.run.config, init_mesh("1x1x1", device_type="cpu")) == tmp_path
     with pytest.raises(CheckpointError, match="in use by another run"):
         other.take_lock()
@@ -61,7 +62,65 @@ def test_a_run_that_the_lock_refuses_writes_nothing(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
     checkpoints.locks[0].release()
     other.take_lock()
+    assert (tmp_path / "config.yaml").read_text() == before, "it is not accepted yet"
+    other.resume(its)
     assert "lr: 0.5" in (tmp_path / "config.yaml").read_text()
+
+
+OTHERS = {
+    "heads": (
+        {"model.heads": 12, "model.kv_heads": 3},
+        "another model .model.heads was 24, is 12; model.kv_heads was 6, is 3; model.head_dim was 2, is 4",
+    ),
+    "norm": ({"model.norm": "layernorm"}, "another model .*model.norm was rmsnorm, is layernorm"),
+    "rope_theta": ({"model.rope_theta": 5}, r"another model \(model.rope_theta was 10000.0, is 5.0\)"),
+    "norm_eps": ({"model.norm_eps": 0.5}, "model.norm_eps was 1e-05, is 0.5"),
+    "samples": ({"seed": 7}, "other samples .seed was 1234, is 7"),
+    "optimizer": ({"optimizer.name": "lion"}, "another optimizer's state .optimizer.name was adamw, is lion"),
+    "moments": ({"optimizer.state_dtype": "bfloat16"}, "state_dtype was float32, is bfloat16"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_run_s_checkpoint_is_refused_and_its_configuration_stays(tmp_path: Path, what: str):
+    """Of the same shapes, so that its tensors would fit."""
+    first, state = begin(tmp_path)
+    first.take_lock()
+    first.resume(state)
+    train(first, state, 1)
+    before = (tmp_path / "config.yaml").read_text()
+    while first.locks:
+        first.locks.pop().release()
+    changes, message = OTHERS[what]
+    other, its = begin(tmp_path, **changes, resume="auto")
+    other.take_lock()
+    with pytest.raises(CheckpointError, match=message):
+        other.resume(its)
+    assert its.step == 0 and (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model.dropout": 0.5}, {"model.kv_heads": None}, {"model.init_std": 1}, {"model.head_dim": 2}]
+)
+def test_the_same_model_in_other_words_goes_on(tmp_path: Path, changes: dict[str, Any]):
+    first, state = begin(tmp_path, **{"model.kv_heads": 24})
+    train(first, state, 1)
+    other, its = begin(tmp_path, **{"model.kv_heads": 24} | changes, resume="auto")
+    assert "at step 1 of" in other.resume(its)
+
+
+def test_a_checkpoint_that_is_not_there_makes_no_directory(tmp_path: Path):
+    config = make_config("1x1x1", output=str(tmp_path / "new"), resume=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'nothing'}"):
+        prepare_output(config, init_mesh("1x1x1", device_type="cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_done_says_so(tmp_path: Path):
+    first, state = begin(tmp_path)
+    train(first, state, 2)
+    other, its = begin(tmp_path, resume="auto", steps=2)
+    assert other.resume(its).endswith("at step 2 of 2: nothing is left to do; a larger steps goes on")
 
 
 def test_runs_of_one_output_with_checkpoints_elsewhere_do_not_mix(tmp_path: Path):

@@ -117,7 +117,8 @@ def test_a_signal_to_one_rank_saves_and_the_run_goes_on_as_if_nothing_had_been(s
     os.kill(workers_of(process)[1], signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    match = re.search(r"another rank was told to end: ended after step (\d+); go on with output=told resume=auto", out)
+    go_on = "go on with config=told/config.yaml output=told resume=auto"
+    match = re.search(rf"another rank was told to end: ended after step (\d+); {go_on}", out)
     assert match, out
     step = int(match[1])
     assert [path.name for path in checkpoint.find(tmp_path / "told/checkpoints")] == [f"step-{step:08d}"]

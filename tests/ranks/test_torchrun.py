@@ -74,6 +74,8 @@ def test_python_and_torchrun_train_the_same_model_and_resume_each_other(tmp_path
             assert row[key] == pytest.approx(other[key], rel=1e-10)
     assert (tmp_path / "mesh/config.yaml").read_text().startswith("# mesh data=2")
     # A run that is finished has nothing to do, and says so.
+    told = run(2, "config=mesh/config.yaml", "output=mesh", "resume=auto", cwd=tmp_path)
+    assert told.returncode == 0 and "at step 4 of 4: nothing is left to do" in told.stdout
     done = run(1, *options, "output=mesh", "steps=3", "optimizer.decay_steps=4", "resume=auto", cwd=tmp_path)
     assert done.returncode == 0 and "at step 4 of 3" in done.stdout and len(rows(tmp_path / "mesh")) == 4
     again = run(1, *options, "output=mesh", "steps=4", cwd=tmp_path)
