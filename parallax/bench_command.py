@@ -18,7 +18,7 @@ from typing import Any
 from parallax.config import Config
 from parallax.config_io import load
 from parallax.memory import format_bytes
-from parallax.parity import ask_ranks
+from parallax.parity import ask_ranks, untraced
 
 __all__ = ["run_bench"]
 
@@ -32,6 +32,7 @@ def run_bench(argv: Sequence[str]) -> int:
     rest = [argument for argument in argv if not argument.startswith("mesh=")]
     if not any(argument.startswith("steps=") for argument in rest):
         rest.append(f"steps={DEFAULT_STEPS}")
+    rest = untraced(rest)
     configs = [load([*rest, f"mesh={mesh}"]) for mesh in meshes or default_meshes()]
     print(
         f"{'mesh':<8} {'step':>9} {'tokens/s':>10} {'GFLOP/s':>8} {'of products':>11} {'peak of a rank':>14}",

@@ -306,6 +306,16 @@ def _decay_start(config: Config) -> str | None:
     return f"optimizer.decay_start={optimizer.decay_start} is after the decay's end at step {end}; choose one before it"
 
 
+def _trace(config: Config) -> str | None:
+    # A resumed run may begin after that step, or may not: only what no run of so many steps comes to is refused.
+    if config.trace is None or config.trace <= config.steps:
+        return None
+    return (
+        f"trace={config.trace} is after the last step, steps={config.steps}, so nothing would be recorded; set trace "
+        f"to at most {config.steps}, or steps to at least {config.trace}"
+    )
+
+
 # The keys that a rule reads, and the rule.
 RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh model.heads", _heads_by_tensor),
@@ -344,4 +354,5 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("optimizer.lr optimizer.min_lr", _min_lr),
     ("optimizer.decay_steps optimizer.warmup_steps", _decay_steps),
     ("steps optimizer.decay_start optimizer.decay_steps optimizer.schedule", _decay_start),
+    ("steps trace", _trace),
 )

@@ -21,7 +21,18 @@ from parallax.config_io import load
 from parallax.errors import ConfigError
 from parallax.mesh import MeshShape
 
-__all__ = ["BOUNDS", "Row", "ask_ranks", "compare", "relative", "run_parity", "run_ranks", "train_rows", "write_rows"]
+__all__ = [
+    "BOUNDS",
+    "Row",
+    "ask_ranks",
+    "compare",
+    "relative",
+    "run_parity",
+    "run_ranks",
+    "train_rows",
+    "untraced",
+    "write_rows",
+]
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 """The largest relative difference of loss or gradient norm that rounding explains in the first steps; later on training
@@ -50,6 +61,7 @@ def run_parity(argv: Sequence[str]) -> int:
         raise ConfigError("parity compares meshes; give two or more, as in: parallax parity mesh=1x1x1 mesh=2x2x2")
     if not any(argument.startswith("steps=") for argument in rest):
         rest.append(f"steps={DEFAULT_STEPS}")
+    rest = untraced(rest)
     configs = [load([*rest, f"mesh={mesh}"]) for mesh in meshes]
     if len({config.mesh_shape for config in configs}) < len(configs):
         raise ConfigError(f"parity: {' and '.join(meshes)} are not all different; give each mesh once")
@@ -67,6 +79,12 @@ def run_parity(argv: Sequence[str]) -> int:
     verdict = "the same model" if agree else "NOT the same model"
     print(f"{verdict}: largest relative difference {worst:.2e}, bound {bound:.0e} for {configs[0].dtype}")
     return 0 if agree else 1
+
+
+def untraced(arguments: Sequence[str]) -> list[str]:
+    """Without the trace that a file may ask for: these few steps draw nothing, and may end before its step."""
+    traced = any(argument.startswith("trace=") for argument in arguments)
+    return [*arguments] if traced else [*arguments, "trace=none"]
 
 
 def resolve_global_size(config: Config) -> int:

@@ -13,7 +13,7 @@ from parallax.checkpoint_command import run_checkpoint
 from parallax.config import Config
 from parallax.config_io import load
 from parallax.errors import ConfigError
-from parallax.parity import BOUNDS, Row, relative, run_ranks, write_rows
+from parallax.parity import BOUNDS, Row, relative, run_ranks, untraced, write_rows
 
 __all__ = ["run_verify_resume"]
 
@@ -35,7 +35,7 @@ def run_verify_resume(argv: Sequence[str]) -> int:
     if taken:
         raise ConfigError(f"verify-resume makes its own checkpoints in a place of its own; leave {taken[0]} out")
     num = int(steps[0])
-    rest.append(f"steps={2 * num}")
+    rest = untraced([*rest, f"steps={2 * num}"])
     configs = [load([*rest, f"mesh={mesh}"]) for mesh in meshes]
     with tempfile.TemporaryDirectory() as folder:
         saved = f"{folder}/first/checkpoints/step-{num:08d}"

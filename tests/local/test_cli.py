@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from parallax import cli
+from parallax import bench_command, cli
 from parallax import parity as parity_file
+from parallax.errors import ConfigError
 from parallax.parity import Row, compare, run_parity
 
 
@@ -63,6 +64,24 @@ def test_the_exit_code_follows_the_bound_of_the_dtype(monkeypatch, capsys, diffe
     monkeypatch.setattr(parity_file, "run_ranks", fake)
     assert run_parity(["mesh=1x1x1", "mesh=2x1x1", "dtype=float64"]) == code
     assert ("NOT" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(
+    "command", [["parity", "mesh=1x1x1", "mesh=2x1x1"], ["bench", "mesh=1x1x1"], ["verify-resume", "mesh=1x1x1"]]
+)
+def test_a_file_may_ask_for_a_trace_later_than_a_few_steps(monkeypatch, tmp_path, capsys, command: list[str]):
+    """Nothing of these commands is drawn, so the file of a long run is not refused for their few steps."""
+
+    def started(shape, arguments, module):
+        raise ConfigError(f"started {arguments}")
+
+    monkeypatch.setattr(parity_file, "ask_ranks", started)
+    monkeypatch.setattr(bench_command, "ask_ranks", started)
+    (tmp_path / "long.yaml").write_text("steps: 1000\ntrace: 900\n")
+    assert cli.main([*command, f"config={tmp_path}/long.yaml"]) == 2
+    assert "error: started" in capsys.readouterr().err
+    assert cli.main([*command, "trace=900"]) == 2
+    assert "trace=900 is after the last step" in capsys.readouterr().err
 
 
 def test_a_restart_that_shows_is_reported(capsys):

@@ -83,6 +83,7 @@ def failure(*argv: str) -> str:
         ("recompute=every-0", ["recompute=every-0 is unknown", "as in every-2"]),
         ("recompute=all", ["selective (the core of attention)"]),
         ("pipeline.schedule=missing.csv", ["missing.csv cannot be read"]),
+        ("trace=7 steps=3", ["trace=7 is after the last step, steps=3", "at most 3", "at least 7"]),
         ("mesh=1x1x2 pipeline.stages_per_rank=2", ["1f1b has 1 stages a rank", "pipeline.schedule=interleaved"]),
         (
             "mesh=1x1x3 pipeline.schedule=interleaved pipeline.stages_per_rank=4",
@@ -234,6 +235,11 @@ def test_learning_rate_warms_up_and_decays():
     assert OptimizerConfig(lr=1.0, warmup_steps=20).lr_at(19, 5) == 1.0
     assert OptimizerConfig(lr=1.0, warmup_steps=20).lr_at(20, 5) == 0.1
     assert OptimizerConfig(lr=1.0, warmup_steps=5).lr_at(5, 5) == 0.1
+
+
+def test_the_last_step_can_be_traced_and_a_resumed_run_may_ask_for_any():
+    assert load(["trace=3", "steps=3"]).trace == 3
+    assert load(["trace=1", "steps=3", "output=x", "resume=auto"]).trace == 1, "the run may begin anew"
 
 
 def test_float8_wants_sixteens():
