@@ -147,7 +147,7 @@ def _num_stages(config: Config) -> int:
 
 
 def _schedule(config: Config) -> str | None:
-    from parallax.pipeline.table import get_schedule
+    from parallax.pipeline.table import get_schedule, is_file
 
     pipeline = config.pipeline
     if pipeline.schedule == "auto":
@@ -164,8 +164,8 @@ def _schedule(config: Config) -> str | None:
     num_microbatches = resolve_batch(config).num_microbatches
     try:
         get_schedule(pipeline.schedule, config.mesh_shape.pipeline, num_microbatches, pipeline.stages_per_rank)
-    except ScheduleError as error:
-        return str(error)
+    except ScheduleError as error:  # which begins with the file's name, where it is about a file
+        return f"pipeline.schedule={error}" if is_file(pipeline.schedule) else str(error)
     return None
 
 

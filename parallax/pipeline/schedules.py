@@ -22,6 +22,7 @@ __all__ = [
     "forward_only",
     "gpipe",
     "interleaved",
+    "leaves_stages",
     "make_schedule",
     "one_f_one_b",
     "split_backward",
@@ -162,15 +163,23 @@ SCHEDULES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
 """By the name that pipeline.schedule takes."""
 
 
+def leaves_stages(name: str) -> bool:
+    """Whether a registered schedule leaves the number of stages a rank to the user."""
+    return "stages_per_rank" in inspect.signature(SCHEDULES[name]).parameters
+
+
 def make_schedule(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Schedule:
     """The table of a registered schedule. stages_per_rank: for those that leave the choice (interleaved).
 
     Raises ScheduleError for an unknown name, sizes below 1, or stages that the schedule does not have.
     """
     if name not in SCHEDULES:
-        close = get_close_matches(name.lower().replace("_", "-"), SCHEDULES, n=1)
+        close = get_close_matches(name.lower().replace("_", "-"), [*SCHEDULES, "auto"], n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ScheduleError(f"pipeline.schedule={name} is unknown; {hint}choose one of {', '.join(SCHEDULES)}")
+        raise ScheduleError(
+            f"pipeline.schedule={name} is unknown; {hint}choose one of {', '.join(SCHEDULES)}, auto, or a table's "
+            "FILE.csv"
+        )
     if num_ranks < 1 or num_microbatches < 1:
         raise ScheduleError(
             f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and {num_microbatches}"
@@ -178,7 +187,7 @@ def make_schedule(name: str, num_ranks: int, num_microbatches: int, stages_per_r
     make = SCHEDULES[name]
     if stages_per_rank is None:
         return make(num_ranks, num_microbatches)
-    if "stages_per_rank" in inspect.signature(make).parameters:
+    if leaves_stages(name):
         return make(num_ranks, num_microbatches, stages_per_rank)
     schedule = make(num_ranks, num_microbatches)
     if schedule.num_stages != stages_per_rank * num_ranks:

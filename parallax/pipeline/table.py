@@ -45,8 +45,10 @@ def read_table(path: Path) -> Schedule:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_BYTES)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ScheduleError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     return from_text(text, str(path))
 
 

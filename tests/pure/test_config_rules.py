@@ -57,7 +57,8 @@ def failure(*argv: str) -> str:
         ("mesh=1x1x2 pipeline.split=3,5", ["sums to 8", "model.layers=6"]),
         ("mesh=1x1x3 pipeline.split=3,0,3", ["leaves stage 1 empty"]),
         ("pipeline.split=-6", ["pipeline.split=(-6,) is too small"]),
-        ("pipeline.schedule=1F1", ["1F1 is unknown", "did you mean 1f1b?", "gpipe"]),
+        ("pipeline.schedule=1F1", ["1F1 is unknown", "did you mean 1f1b?", "gpipe", "auto, or a table's FILE.csv"]),
+        ("pipeline.schedule=AUTO", ["AUTO is unknown", "did you mean auto?"]),
         ("pipeline.memory_cap=2", ["pipeline.memory_cap is for pipeline.schedule=auto, not 1f1b"]),
         ("pipeline.schedule=auto pipeline.split=6", ["auto takes no pipeline.split"]),
         ("pipeline.schedule=auto pipeline.max_memory_bytes=9", ["auto takes no pipeline.max_memory_bytes"]),
@@ -82,7 +83,7 @@ def failure(*argv: str) -> str:
         ("data.reduction=adasum data.compression=bfloat16", ["leave out data.compression"]),
         ("recompute=every-0", ["recompute=every-0 is unknown", "as in every-2"]),
         ("recompute=all", ["selective (the core of attention)"]),
-        ("pipeline.schedule=missing.csv", ["missing.csv cannot be read"]),
+        ("pipeline.schedule=missing.csv", ["pipeline.schedule=missing.csv cannot be read: No such file or directory"]),
         ("trace=7 steps=3", ["trace=7 is after the last step, steps=3", "at most 3", "at least 7"]),
         ("mesh=1x1x2 pipeline.stages_per_rank=2", ["1f1b has 1 stages a rank", "pipeline.schedule=interleaved"]),
         (

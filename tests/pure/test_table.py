@@ -76,8 +76,11 @@ def test_a_file_for_another_run_is_refused(tmp_path: Path):
     ]:
         with pytest.raises(ScheduleError, match=message):
             get_schedule(str(file), *arguments)
-    with pytest.raises(ScheduleError, match="nothing.csv cannot be read"):
+    with pytest.raises(ScheduleError, match="^nothing.csv cannot be read: No such file or directory$"):
         get_schedule("nothing.csv", 2, 2)
+    file.write_bytes(b"0F0,\xff")
+    with pytest.raises(ScheduleError, match="t.csv is not UTF-8 text: invalid start byte at byte 4"):
+        get_schedule(str(file), 2, 2)
 
 
 @st.composite
