@@ -108,7 +108,9 @@ def _list(request: _Request) -> int:
             f"{name:<12} {each:>6} {timeline.makespan:>9.4g} {timeline.bubble:>7.1%} {timeline.inner_bubble:>7.1%} "
             f"{held:>6.2f}"
         )
-    print("inside: idle time between a rank's first and last action; holds: activations, 1F1B's first rank = 1")
+    print("bubble: idle share of the makespan, mean over ranks")
+    print("inside: the idle share between its own first and last action of the rank where that is largest")
+    print("holds: activations held at most, 1F1B's first rank = 1")
     return 0
 
 
@@ -120,9 +122,10 @@ def _show(request: _Request, name: str) -> int:
     print(summary(schedule, timeline))
     print(text_grid(schedule, timeline, color=color))
     print(legend_line(schedule))
-    for file, text in ((request.svg, to_svg), (request.trace, to_trace)):
-        if file is not None:
-            _write(file, text(schedule, timeline))
+    if request.svg is not None:
+        _write(request.svg, to_svg(schedule, {schedule.name: timeline}))
+    if request.trace is not None:
+        _write(request.trace, to_trace(schedule, timeline))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One step of a real run, recorded on every rank and drawn beside what the same table was predicted to take."""
+"""One step of a real run, recorded on every rank and drawn above what the same table was predicted to take."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ CLOCK_ROUNDS = 9
 def traced(run: Run, output: Path, *, step: int) -> Iterator[list[str]]:
     """Record the pipeline of a train_step inside, if `step` is config.trace; else nothing, at no cost.
 
-    Yields a list that holds afterwards what there is to say. Writes OUTPUT/trace/step-N-{measured,predicted}.svg and
-    step-N.json for Perfetto: of the pipeline whose data and tensor coordinates are 0. On CUDA every action is
-    waited for, so a traced step is slower. Collectives: small exchanges around the step.
+    Yields a list that holds afterwards what there is to say. Writes OUTPUT/trace/step-N.svg, the measured step above
+    the predicted one on one time scale, and step-N.json, the measured one for Perfetto: of the pipeline whose data and
+    tensor coordinates are 0. On CUDA every action is waited for, so a traced step is slower. Collectives: small
+    exchanges around the step.
     """
     told: list[str] = []
     if step != run.config.trace:
@@ -58,11 +59,13 @@ def clock_offset(mesh: Mesh) -> float:
 
 def _write(schedule: Schedule, rows: Sequence[Any], folder: Path, step: int) -> list[str]:
     measured, predicted = compare(schedule, rows)
+    titles = [f"{schedule.name}, step {step}, {what}" for what in ("measured", "predicted")]
+    picture, events = folder / f"step-{step}.svg", folder / f"step-{step}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, timeline in (("measured", measured), ("predicted", predicted)):
-        (folder / f"step-{step}-{name}.svg").write_text(to_svg(schedule, timeline))
-    (folder / f"step-{step}.json").write_text(to_trace(schedule, measured, unit_s=1e-3))
-    return [sentence(schedule, measured, predicted), f"drawn in {folder}/step-{step}-measured.svg"]
+    picture.write_text(to_svg(schedule, dict(zip(titles, (measured, predicted), strict=True)), unit="ms"), "utf-8")
+    events.write_text(to_trace(schedule, measured, title=titles[0], unit_s=1e-3), "utf-8")
+    drawn = f"step {step}, measured above predicted, is drawn in {picture}; {events} is the measured one for Perfetto"
+    return [sentence(schedule, measured, predicted), drawn]
 
 
 def compare(schedule: Schedule, rows: Sequence[Sequence[tuple[str, float, float]]]) -> tuple[Timeline, Timeline]:

@@ -5,14 +5,16 @@ They are drawn from a Timeline, the same whether it was simulated or measured.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from parallax.pipeline.schedule import Action, Op, Schedule
 from parallax.pipeline.simulate import Span, Timeline
 
-__all__ = ["summary", "text_grid", "to_svg", "to_trace"]
+__all__ = ["legend_line", "summary", "text_grid", "to_svg", "to_trace"]
 
 NAMES = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}
 # By op, a shade for each of a rank's stages in turn. Chosen to differ in lightness too, for eyes that see hues alike.
@@ -26,14 +28,31 @@ ANSI = {Op.F: 44, Op.B: 42, Op.I: 46, Op.W: 43}
 
 
 def summary(schedule: Schedule, timeline: Timeline) -> str:
-    """One sentence: how long, how much of it idle, how many activations held."""
-    stages = schedule.num_stages // schedule.num_ranks
+    """In one line: how long, how much of it idle, how many activations held."""
+    held = ", ".join(map(str, timeline.in_flight))
+    return f"{schedule.name}: {_facts(schedule, timeline)}; activations held at most: {held}"
+
+
+def _facts(schedule: Schedule, timeline: Timeline, unit: str = "") -> str:
+    """Sizes, makespan and idle time. unit: of time, as in ms; of what is only drawn, times have none."""
+    stages = _most_stages(schedule)
     of = "" if stages == 1 else f" of {stages} stages a rank"
+    took = f"{timeline.makespan:.1f} {unit}" if unit else f"{timeline.makespan:.6g}"
     return (
-        f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches{of}; makespan "
-        f"{timeline.makespan:.6g}, bubble {timeline.bubble:.1%} ({timeline.inner_bubble:.1%} between a rank's first "
-        f"and last action); activations held at most: {', '.join(map(str, timeline.in_flight))}"
+        f"{_counted(schedule.num_ranks, 'rank')}, {_counted(schedule.num_microbatches, 'microbatch')}{of}; makespan "
+        f"{took}; bubble {timeline.bubble:.1%} (idle share of the makespan, mean over ranks); between its own first "
+        f"and last action the worst rank idles {timeline.inner_bubble:.1%}"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def _most_stages(schedule: Schedule) -> int:
+    """Stages of the rank that has the most: those of a table from a file may be dealt out unevenly."""
+    return max(len(schedule.stages_of(rank)) for rank in range(schedule.num_ranks))
 
 
 def _chunk(schedule: Schedule, action: Action) -> int:
@@ -43,8 +62,7 @@ def _chunk(schedule: Schedule, action: Action) -> int:
 
 def _label(schedule: Schedule, action: Action) -> str:
     """F3; f3 on the second of two stages a rank; 5F3 where there are more."""
-    stages = schedule.num_stages // schedule.num_ranks
-    if stages > 2:
+    if _most_stages(schedule) > 2:
         return str(action)
     letter = action.op.value.lower() if _chunk(schedule, action) else action.op.value
     return f"{letter}{action.microbatch}"
@@ -77,10 +95,11 @@ def text_grid(
     return "\n".join(rows)
 
 
-def to_trace(schedule: Schedule, timeline: Timeline, *, unit_s: float = 1e-3) -> str:
-    """Chrome's trace format, for ui.perfetto.dev: a process, a thread a rank. unit_s: seconds a unit of time."""
+def to_trace(schedule: Schedule, timeline: Timeline, *, title: str | None = None, unit_s: float = 1e-3) -> str:
+    """Chrome's trace format, for ui.perfetto.dev: a process, named by the title (the schedule's name unless told), a
+    thread a rank. unit_s: seconds a unit of time."""
     events: list[dict[str, object]] = [
-        {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": schedule.name}},
+        {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": title or schedule.name}},
     ]
     for rank in range(schedule.num_ranks):
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}})
@@ -101,91 +120,174 @@ def to_trace(schedule: Schedule, timeline: Timeline, *, unit_s: float = 1e-3) ->
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-ROW, GAP, LEFT, TOP, RIGHT = 30, 8, 74, 62, 120
+ROW, GAP, MARGIN = 30, 8, 20
+TITLE, FACTS, RANK, NOTE = 18, 13, 14, 12
+LEAST_WIDTH = 640
 
 
-def to_svg(schedule: Schedule, timeline: Timeline) -> str:
-    """A picture: a row a rank, microbatch numbers in the cells, idle time hatched, what a rank holds on the right."""
-    # A low quantile, not the minimum: measured times have outliers.
-    lengths = sorted(span.end - span.start for span in timeline.spans if span.end > span.start) or [1.0]
-    shortest = lengths[len(lengths) // 20]
-    unit = max(17.0 / shortest, min(36.0 / shortest, 1400 / max(timeline.makespan, 1e-9)))
-    longest = max((len(str(span.action.microbatch)) for span in timeline.spans), default=1)
-    size = min(13.0, (shortest * unit - 3) / (0.58 * longest))
-    width = LEFT + timeline.makespan * unit + RIGHT
-    height = TOP + schedule.num_ranks * (ROW + GAP) + 62
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="Helvetica, Arial, sans-serif">',
-        '<defs><pattern id="idle" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect width="6" height="6" fill="#f4f4f4"/><line x1="0" y1="0" x2="0" y2="6" stroke="#cfcfcf" '
-        'stroke-width="2"/></pattern></defs>',
-        f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>',
-        *_heading(schedule, timeline),
-    ]
-    for rank in range(schedule.num_ranks):
-        y = TOP + rank * (ROW + GAP)
-        out.append(f'<text x="{LEFT - 10}" y="{y + ROW / 2 + 5}" font-size="14" text-anchor="end">rank {rank}</text>')
-        out.append(
-            f'<rect x="{LEFT}" y="{y}" width="{timeline.makespan * unit:.2f}" height="{ROW}" fill="url(#idle)"/>'
-        )
-        idle = 1 - timeline.busy[rank] / timeline.makespan
-        out.append(
-            f'<text x="{LEFT + timeline.makespan * unit + 8:.1f}" y="{y + ROW / 2 + 4}" font-size="12" fill="#444">'
-            f"idle {idle:.0%}, holds {timeline.in_flight[rank]}</text>"
-        )
-    out += [_cell(schedule, span, unit, size) for span in timeline.spans]
-    out += _legend(schedule, timeline, TOP + schedule.num_ranks * (ROW + GAP) + 14)
-    return "\n".join([*out, "</svg>"]) + "\n"
+def to_svg(schedule: Schedule, timelines: Mapping[str, Timeline], *, unit: str = "") -> str:
+    """A picture of timelines of one schedule, each under its title, one above the other on one time scale.
 
-
-def _heading(schedule: Schedule, timeline: Timeline) -> list[str]:
-    title, _, rest = summary(schedule, timeline).partition(": ")
-    facts = rest.partition("; activations")[0]
-    return [
-        f'<text x="{LEFT}" y="26" font-size="18" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{LEFT}" y="47" font-size="13" fill="#444">{escape(facts)}</text>',
-    ]
-
-
-def _cell(schedule: Schedule, span: Span, unit: float, size: float) -> str:
-    """size: of the microbatch's number; one for all cells, so that none looks more important."""
-    action = span.action
-    chunk = _chunk(schedule, action)
-    x, y, wide = LEFT + span.start * unit, TOP + span.rank * (ROW + GAP), (span.end - span.start) * unit
-    dark = chunk % 4 in (0, 2)
-    return (
-        f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{ROW}" fill="{SHADES[action.op][chunk % 4]}" '
-        f'stroke="white" stroke-width="1"><title>{action}: {span.start:.6g} to {span.end:.6g}</title></rect>'
-        f'<text x="{x + wide / 2:.2f}" y="{y + ROW / 2 + size * 0.36:.2f}" font-size="{size:.1f}" '
-        f'text-anchor="middle" fill="{"white" if dark else "#111"}">{action.microbatch}</text>'
+    A row a rank: microbatch numbers in the cells, idle time hatched, what a rank holds on the right. unit: of time, for
+    the words, as in ms.
+    """
+    page = _layout(schedule, timelines, unit)
+    body: list[str] = []
+    y = 0.0
+    for title, timeline in timelines.items():
+        heading, y = _heading(page, title, timeline, y)
+        panel, y = _panel(page, timeline, y)
+        body += [*heading, *panel]
+    legend, y = _legend(page, y + 6)
+    size = f'width="{page.width:.0f}" height="{y + MARGIN:.0f}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {page.width:.0f} {y + MARGIN:.0f}" '
+            'font-family="Helvetica, Arial, sans-serif">',
+            '<defs><pattern id="idle" width="6" height="6" patternUnits="userSpaceOnUse" '
+            'patternTransform="rotate(45)"><rect width="6" height="6" fill="#f4f4f4"/><line x1="0" y1="0" x2="0" '
+            'y2="6" stroke="#cfcfcf" stroke-width="2"/></pattern></defs>',
+            f'<rect {size} fill="white"/>',
+            *body,
+            *legend,
+            "</svg>\n",
+        ]
     )
 
 
-def _legend(schedule: Schedule, timeline: Timeline, y: float) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the rows begin and how wide the picture is, a unit of time (scale), and the cells' numbers, all in pixels.
+
+    The numbers have one size, so that none looks more important.
+    """
+
+    schedule: Schedule
+    unit: str
+    left: float
+    width: float
+    scale: float
+    number_size: float
+
+
+def _layout(schedule: Schedule, timelines: Mapping[str, Timeline], unit: str) -> _Layout:
+    spans = [span for timeline in timelines.values() for span in timeline.spans]
+    lengths = sorted(span.end - span.start for span in spans if span.end > span.start) or [1.0]
+    # The shortest cells shall have room for their number. Of measured times a few may be next to nothing: for those
+    # alone the picture does not grow, and they go without.
+    shortest = max(lengths[len(lengths) // 20], lengths[len(lengths) // 2] / 2)
+    makespan = max([timeline.makespan for timeline in timelines.values()])
+    scale = max(17.0 / shortest, min(36.0 / shortest, 1400 / max(makespan, 1e-9)))
+    longest = max((len(str(span.action.microbatch)) for span in spans), default=1)
+    size = min(13.0, (shortest * scale - 3) / (0.58 * longest))
+    left = MARGIN + _text_width(f"rank {schedule.num_ranks - 1}", RANK) + 10
+    rows = max(
+        timeline.makespan * scale + 8 + _text_width(note, NOTE)
+        for timeline in timelines.values()
+        for note in _notes(timeline)
+    )
+    titles = max(_text_width(title, TITLE, bold=True) for title in timelines)
+    return _Layout(schedule, unit, left, max(LEAST_WIDTH, left + max(rows, titles) + MARGIN), scale, size)
+
+
+def _text_width(text: str, size: float, *, bold: bool = False) -> float:
+    """Of what shows a text: not less than a wide sans-serif font takes, since the reader's may be any."""
+
+    def ems(letter: str) -> float:
+        if letter in "mwMW%@" or letter > "\u1100":
+            return 1.0
+        if letter in " .,;:'|()ijlft-":
+            return 0.42
+        return 0.64 if letter.islower() or letter.isdigit() else 0.86
+
+    return sum(map(ems, text)) * size * (1.12 if bold else 1.0)
+
+
+def _heading(page: _Layout, title: str, timeline: Timeline, y: float) -> tuple[list[str], float]:
+    """The title and its facts, in as many lines as they take; where what comes below begins."""
+    x, y = f"{page.left:.0f}", y + 32
+    out = [f'<text x="{x}" y="{y:.0f}" font-size="{TITLE}" font-weight="bold">{escape(title)}</text>']
+    lines = [""]
+    for word in _facts(page.schedule, timeline, page.unit).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if _text_width(longer, FACTS) > page.width - page.left - MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for line in lines:
+        y += 20
+        out.append(f'<text x="{x}" y="{y:.0f}" font-size="{FACTS}" fill="#444">{escape(line)}</text>')
+    return out, y + 14
+
+
+def _notes(timeline: Timeline) -> list[str]:
+    """By rank, what stands to the right of its row."""
+    return [
+        f"idle {1 - busy / timeline.makespan:.0%}, holds {held}"
+        for busy, held in zip(timeline.busy, timeline.in_flight, strict=True)
+    ]
+
+
+def _panel(page: _Layout, timeline: Timeline, top: float) -> tuple[list[str], float]:
+    """The rows of one timeline; where what comes below begins."""
     out: list[str] = []
-    x = float(LEFT)
-    stages = schedule.num_stages // schedule.num_ranks
-    ops = [op for op in (Op.F, Op.B, Op.I, Op.W) if op in schedule.ops]
-    entries: list[tuple[str, str]] = []
-    for op in ops:
-        for chunk in range(min(stages, 4)):
-            which = "" if stages == 1 else f", stage {chunk + 1} of {stages}"
-            entries.append((SHADES[op][chunk], NAMES[op] + which))
-    for fill, name in [*entries, ("url(#idle)", "idle")]:
-        needed = 22 + 6.6 * len(name) + 14
-        if x + needed > max(LEFT + 500.0, LEFT + timeline.makespan * 9.0 + RIGHT):
-            x, y = float(LEFT), y + 20
-        out.append(f'<rect x="{x:.0f}" y="{y}" width="16" height="14" fill="{fill}" stroke="#bbb"/>')
-        out.append(f'<text x="{x + 22:.0f}" y="{y + 12}" font-size="12" fill="#222">{name}</text>')
-        x += needed
-    return out
+    wide = timeline.makespan * page.scale
+    for rank, note in enumerate(_notes(timeline)):
+        y = top + rank * (ROW + GAP)
+        out += [
+            f'<text x="{page.left - 10:.0f}" y="{y + ROW / 2 + 5}" font-size="{RANK}" text-anchor="end">'
+            f"rank {rank}</text>",
+            f'<rect x="{page.left:.2f}" y="{y}" width="{wide:.2f}" height="{ROW}" fill="url(#idle)"/>',
+            f'<text x="{page.left + wide + 8:.1f}" y="{y + ROW / 2 + 4}" font-size="{NOTE}" fill="#444">{note}</text>',
+        ]
+    out += [_cell(page, span, top) for span in timeline.spans]
+    return out, top + page.schedule.num_ranks * (ROW + GAP)
+
+
+def _cell(page: _Layout, span: Span, top: float) -> str:
+    action, size = span.action, page.number_size
+    shade = _chunk(page.schedule, action) % 4
+    unit = f" {page.unit}" if page.unit else ""
+    x, y = page.left + span.start * page.scale, top + span.rank * (ROW + GAP)
+    wide = (span.end - span.start) * page.scale
+    cell = (
+        f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{ROW}" fill="{SHADES[action.op][shade]}" '
+        f'stroke="white" stroke-width="1"><title>{action}: {span.start:.6g} to {span.end:.6g}{unit}</title></rect>'
+    )
+    number = str(action.microbatch)
+    if wide < 0.58 * size * len(number):
+        return cell
+    return cell + (
+        f'<text x="{x + wide / 2:.2f}" y="{y + ROW / 2 + size * 0.36:.2f}" font-size="{size:.1f}" '
+        f'text-anchor="middle" fill="{"white" if shade in (0, 2) else "#111"}">{number}</text>'
+    )
+
+
+def _legend(page: _Layout, y: float) -> tuple[list[str], float]:
+    """What the colours mean, in columns, as many as there is room for; where the last line ends."""
+    stages = _most_stages(page.schedule)
+    shown = {(a.op, _chunk(page.schedule, a) % 4) for _, _, a in page.schedule.actions() if a.op in NAMES}
+    entries = []
+    for op, shade in itertools.product(NAMES, range(4)):
+        if (op, shade) in shown:
+            mine = range(shade + 1, stages + 1, 4)
+            which = f", stage{'s' if len(mine) > 1 else ''} {', '.join(map(str, mine))} of {stages}"
+            entries.append((SHADES[op][shade], NAMES[op] + ("" if stages == 1 else which)))
+    entries.append(("url(#idle)", "idle"))
+    column = 36 + max(_text_width(name, NOTE) for _, name in entries)
+    num_columns = max(1, int((page.width - page.left - MARGIN + 14) / column))
+    out: list[str] = []
+    for number, (fill, name) in enumerate(entries):
+        x, top = page.left + number % num_columns * column, y + number // num_columns * 20
+        out.append(f'<rect x="{x:.0f}" y="{top}" width="16" height="14" fill="{fill}" stroke="#bbb"/>')
+        out.append(f'<text x="{x + 22:.0f}" y="{top + 12}" font-size="{NOTE}" fill="#222">{name}</text>')
+    return out, y + (len(entries) - 1) // num_columns * 20 + 14
 
 
 def legend_line(schedule: Schedule, ops: Sequence[Op] = (Op.F, Op.B, Op.I, Op.W)) -> str:
     """What the letters of the text grid mean."""
     shown = ", ".join(f"{op.value} {NAMES[op]}" for op in ops if op in schedule.ops)
-    stages = schedule.num_stages // schedule.num_ranks
+    stages = _most_stages(schedule)
     if stages == 2:
         shown += "; lower case: the rank's second stage"
     elif stages > 2:

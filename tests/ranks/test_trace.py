@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from parallax.pipeline.simulate import Cost, simulate
 from parallax.stage_plan import plan_stages
 from parallax.trace import clock_offset, compare, sentence, traced
 from tests.cases import LLAMA, advance, make_config, start
+from tests.pictures import faults, texts
 
 CHANGES = LLAMA | {"model.layers": 4, "batch.num_microbatches": 4}
 
@@ -39,8 +42,15 @@ def test_tracing_draws_one_step_and_changes_no_number(ranks, tmp_path: Path, sch
     assert [len(found[1]) for found in every] == [2, 0, 0, 0], "one rank speaks, of one step"
     assert every[0][1][0].startswith(f"pipeline of {schedule}: ") and "slowest is stage" in every[0][1][0]
     names = sorted(path.name for path in (tmp_path / "trace").iterdir())
-    assert names == ["step-2-measured.svg", "step-2-predicted.svg", "step-2.json"]
+    assert names == ["step-2.json", "step-2.svg"]
+    assert all(str(tmp_path / "trace" / name) in every[0][1][1] for name in names), "the log names what is drawn"
+    picture = ElementTree.parse(tmp_path / "trace/step-2.svg").getroot()
+    titles = [text for text, _, bold in texts(picture) if bold]
+    assert titles == [f"{schedule}, step 2, measured", f"{schedule}, step 2, predicted"]
+    facts = " ".join(text for text, _, _ in texts(picture))
+    assert len(re.findall(r"makespan \d+\.\d ms; ", facts)) == 2 and faults(picture) == []
     events = json.loads((tmp_path / "trace/step-2.json").read_text())["traceEvents"]
+    assert events[0]["args"]["name"] == titles[0]
     drawn = sorted(event["name"] for event in events if event["ph"] == "X")
     config = make_config("2x1x2", **CHANGES | {"pipeline.schedule": schedule})
     table = plan_stages(config).schedule
