@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from parallax.errors import ConfigError
 from parallax.pipeline.draw import legend_line, summary, text_grid, to_svg, to_trace
 from parallax.pipeline.lower import lower
 from parallax.pipeline.schedule import Schedule
-from parallax.pipeline.schedules import SCHEDULES
+from parallax.pipeline.schedules import SCHEDULES, leaves_stages
 from parallax.pipeline.simulate import Cost, simulate
-from parallax.pipeline.table import get_schedule, to_text
+from parallax.pipeline.table import get_schedule, is_file, to_text
 from parallax.pipeline.validate import Wire, validate
 
 __all__ = ["run_schedule"]
@@ -26,59 +26,108 @@ USAGE = (
 )
 
 
+# Which commands each key and option is for, and the words that a command takes.
+SIZES, TIMES = ("pipeline", "num_microbatches", "stages_per_rank"), ("forward", "input_grad", "weight_grad", "send")
+TAKEN_BY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(SIZES, ("list", "show", "export")),
+    **dict.fromkeys(TIMES, ("list", "show")),
+    **dict.fromkeys(("--svg", "--trace"), ("show",)),
+    "--messages": ("export",),
+}
+WORDS: Mapping[str, tuple[str, ...]] = {"list": (), "show": ("NAME",), "export": ("NAME", "FILE.csv")}
+FILES = {"--svg": "svg", "--trace": "json"}
+LIMIT = 10**9
+
+
 @dataclass(slots=True)
 class _Request:
-    """What the arguments say: key=value pairs, --options with a file, and bare words."""
+    """What the arguments say: numbers and files by their names, and bare words. given: by name, the argument itself."""
 
-    pipeline: int = 4
-    num_microbatches: int = 8
-    stages_per_rank: int | None = None
-    forward: float = 1.0
-    input_grad: float = 1.0
-    weight_grad: float = 1.0
-    send: float = 0.0
-    svg: str | None = None
-    trace: str | None = None
-    messages: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
+    given: dict[str, str] = field(default_factory=dict)
 
     @property
-    def cost(self) -> Cost:
-        return Cost(self.forward, self.input_grad, self.weight_grad, self.send)
+    def pipeline(self) -> int:
+        return self.sizes.get("pipeline", 4)
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.sizes.get("num_microbatches", 8)
+
+    @property
+    def stages_per_rank(self) -> int | None:
+        return self.sizes.get("stages_per_rank")
+
+    def cost(self, num_parts: int = 1) -> Cost:
+        """num_parts: of a rank's share, one of which the cost is for."""
+        forward, input_grad, weight_grad = (self.times.get(name, 1.0) / num_parts for name in TIMES[:3])
+        return Cost(forward, input_grad, weight_grad, self.times.get("send", 0.0))
 
     def table(self, name: str) -> Schedule:
+        if name == "auto":
+            raise ConfigError(
+                "pipeline.schedule=auto has no table until a run has costs to search with: those of its model, mesh "
+                "and pipeline.memory_cap; see what it finds with `parallax check mesh=1x1x4 pipeline.schedule=auto "
+                "[key=value ...]`, and drawn with trace=N in a run"
+            )
+        if not is_file(name) and name not in SCHEDULES:
+            hint = _did_you_mean(name.lower().replace("_", "-"), SCHEDULES)
+            raise ConfigError(
+                f"there is no schedule {name!r}; {hint}choose one of {', '.join(SCHEDULES)}, or a table's FILE.csv"
+            )
         return get_schedule(name, self.pipeline, self.num_microbatches, self.stages_per_rank)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def _read(argv: Sequence[str]) -> _Request:
     request = _Request()
-    kinds: dict[str, Any] = {f.name: f.type for f in fields(_Request)}
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument == "--messages":
-            request.messages = True
-        elif argument.startswith("--") and name in ("svg", "trace"):
-            if not equals and not rest:
-                raise ConfigError(f"{argument} needs a file, as in {argument} schedule.{name}")
-            setattr(request, name, value if equals else rest.pop(0))
-        elif equals and not argument.startswith("-") and name in kinds and name not in ("words", "svg", "trace"):
-            setattr(request, name, _number(name, value, whole="int" in kinds[name]))
-        elif equals or argument.startswith("-"):
-            raise ConfigError(f"{argument!r} is not understood; usage: {USAGE}")
-        else:
+        name, equals, value = argument.partition("=")
+        if not equals and not argument.startswith("-"):
             request.words.append(argument)
+            continue
+        if name not in TAKEN_BY or (name == "--messages" and equals):
+            raise ConfigError(f"{argument!r} is not understood; {_did_you_mean(name, TAKEN_BY)}usage: {USAGE}")
+        if name in FILES and not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+            argument = f"{name} {value}"
+        if name in request.given:
+            raise ConfigError(f"{name} is given twice: {request.given[name]} and {argument}; keep one")
+        request.given[name] = argument
+        if name in FILES:
+            if not value:
+                raise ConfigError(f"{name} needs a file, as in {name} schedule.{FILES[name]}")
+            request.files[name] = value
+        elif name in SIZES:
+            request.sizes[name] = int(_number(name, value))
+        elif name in TIMES:
+            request.times[name] = _number(name, value)
     return request
 
 
-def _number(name: str, text: str, *, whole: bool) -> float:
+def _number(name: str, text: str) -> float:
+    whole = name in SIZES
     try:
         value = int(text) if whole else float(text)
     except ValueError:
         raise ConfigError(f"{name}={text}: expected {'an integer' if whole else 'a number'}") from None
-    if not 0 <= value < 1e9 or (value == 0 and name != "send" and not name.endswith("_grad")):
-        raise ConfigError(f"{name}={text} is out of range")
+    if whole:
+        fits, least = value >= 1, "at least 1"
+    elif name == "forward":
+        fits, least = value > 0, "more than 0"
+    else:
+        fits, least = value >= 0, "at least 0"
+    if not fits or not value < LIMIT:
+        raise ConfigError(f"{name}={text} is out of range; choose {least} and less than {LIMIT:,}")
     return value
 
 
@@ -86,23 +135,36 @@ def run_schedule(argv: Sequence[str]) -> int:
     """List, show or export pipeline schedules."""
     request = _read(argv)
     command, *words = request.words or ["list"]
-    if command == "list" and not words:
+    if command not in WORDS:
+        is_table = command in SCHEDULES or is_file(command)
+        hint = f"did you mean show {command}? " if is_table else _did_you_mean(command, WORDS)
+        raise ConfigError(f"there is no command {command!r} of parallax schedule; {hint}usage: {USAGE}")
+    if len(words) != len(WORDS[command]):
+        takes, given = " ".join(WORDS[command]) or "no name", " ".join(words) or "nothing"
+        raise ConfigError(f"schedule {command} takes {takes}, and was given {given}; usage: {USAGE}")
+    for name, argument in request.given.items():
+        if command not in TAKEN_BY[name]:
+            raise ConfigError(f"{argument} is for schedule {' and '.join(TAKEN_BY[name])}, not {command}; leave it out")
+    if command == "list":
         return _list(request)
-    if command == "show" and len(words) == 1:
-        return _show(request, words[0])
-    if command == "export" and len(words) == 2:
-        return _export(request, *words)
-    raise ConfigError(f"usage: {USAGE}")
+    return _show(request, *words) if command == "show" else _export(request, *words)
 
 
 def _list(request: _Request) -> int:
-    print(f"{request.pipeline} ranks, {request.num_microbatches} microbatches; times of a rank's whole share are 1")
+    chosen, times = "", "times of a rank's whole share are 1"
+    if request.stages_per_rank is not None:
+        chosen = f", {request.given['stages_per_rank']} where a schedule leaves it open"
+    if request.times:
+        times = (
+            f"times of a rank's whole share are 1, but for {' '.join(request.given[name] for name in request.times)}"
+        )
+    print(f"{request.pipeline} ranks, {request.num_microbatches} microbatches{chosen}; {times}")
     print(f"{'schedule':<12} {'stages':>6} {'makespan':>9} {'bubble':>7} {'inside':>7} {'holds':>6}")
     for name in SCHEDULES:
-        schedule = get_schedule(name, request.pipeline, request.num_microbatches)
+        stages = request.stages_per_rank if leaves_stages(name) else None
+        schedule = get_schedule(name, request.pipeline, request.num_microbatches, stages)
         each = schedule.num_stages // schedule.num_ranks
-        share = Cost(request.forward / each, request.input_grad / each, request.weight_grad / each, request.send)
-        timeline = simulate(schedule, share)
+        timeline = simulate(schedule, request.cost(each))
         held = max(timeline.in_flight) / each / min(request.pipeline, request.num_microbatches)
         print(
             f"{name:<12} {each:>6} {timeline.makespan:>9.4g} {timeline.bubble:>7.1%} {timeline.inner_bubble:>7.1%} "
@@ -117,15 +179,15 @@ def _list(request: _Request) -> int:
 def _show(request: _Request, name: str) -> int:
     schedule = request.table(name)
     validate(lower(schedule), wire=Wire.ORDERED)
-    timeline = simulate(schedule, request.cost)
+    timeline = simulate(schedule, request.cost())
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(summary(schedule, timeline))
     print(text_grid(schedule, timeline, color=color))
     print(legend_line(schedule))
-    if request.svg is not None:
-        _write(request.svg, to_svg(schedule, {schedule.name: timeline}))
-    if request.trace is not None:
-        _write(request.trace, to_trace(schedule, timeline))
+    if file := request.files.get("--svg"):
+        _write(file, to_svg(schedule, {schedule.name: timeline}))
+    if file := request.files.get("--trace"):
+        _write(file, to_trace(schedule, timeline))
     return 0
 
 
@@ -133,7 +195,7 @@ def _export(request: _Request, name: str, file: str) -> int:
     if not file.endswith(".csv"):
         raise ConfigError(f"{file}: a table's name ends in .csv, so that pipeline.schedule={file}.csv can find it")
     schedule = request.table(name)
-    _write(file, to_text(lower(schedule) if request.messages else schedule))
+    _write(file, to_text(lower(schedule) if "--messages" in request.given else schedule))
     return 0
 
 

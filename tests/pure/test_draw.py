@@ -138,6 +138,14 @@ def test_the_two_kinds_of_idle_time_are_told_apart_in_words(capsys):
     assert "between its own first and last action of the rank where that is largest" in footer[1]
 
 
+def test_a_list_takes_stages_and_times(capsys):
+    assert main(["schedule", "list", "stages_per_rank=4", "forward=2"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "stages_per_rank=4 where a schedule leaves it open" in head and "but for forward=2" in head
+    stages = {row.split()[0]: row.split()[1] for row in rows[1:-3]}
+    assert stages["interleaved"] == "4" and stages["1f1b"] == "1" and stages["zb-v"] == "2"
+
+
 def test_show_list_and_export(tmp_path: Path, capsys):
     assert main(["schedule", "list", "pipeline=4", "num_microbatches=16"]) == 0
     text = capsys.readouterr().out
@@ -156,12 +164,35 @@ def test_show_list_and_export(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["shwo", "1f1b"], "usage: parallax schedule"),
-        (["show", "1f2b"], "did you mean 1f1b"),
-        (["show", "1f1b", "piepline=3"], "'piepline=3' is not understood"),
+        (
+            ["shwo", "1f1b"],
+            "there is no command 'shwo' of parallax schedule; did you mean show? usage: parallax schedule",
+        ),
+        (["zb-v"], "there is no command 'zb-v' of parallax schedule; did you mean show zb-v? usage"),
+        (["show"], "schedule show takes NAME, and was given nothing; usage"),
+        (["export", "zb-v"], "schedule export takes NAME FILE.csv, and was given zb-v; usage"),
+        (["list", "zb-v"], "schedule list takes no name, and was given zb-v; usage"),
+        (["show", "1f2b"], "there is no schedule '1f2b'; did you mean 1f1b? choose one of gpipe, "),
+        (["show", "ZB_H1"], "did you mean zb-h1? "),
+        (["show", "auto"], "pipeline.schedule=auto has no table until a run has costs to search with"),
+        (["export", "auto", "a.csv"], "`parallax check mesh=1x1x4 pipeline.schedule=auto [key=value ...]`"),
+        (["show", "nope.csv"], "error: nope.csv cannot be read: No such file or directory\n"),
+        (["show", "1f1b", "pipelin=3"], "'pipelin=3' is not understood; did you mean pipeline? "),
+        (["show", "1f1b", "--pipeline=3"], "'--pipeline=3' is not understood; did you mean pipeline? "),
         (["show", "1f1b", "pipeline=x"], "pipeline=x: expected an integer"),
-        (["show", "1f1b", "pipeline=0"], "pipeline=0 is out of range"),
-        (["show", "1f1b", "--svg"], "--svg needs a file"),
+        (["show", "1f1b", "pipeline=0"], "pipeline=0 is out of range; choose at least 1 and less than 1,000,000,000"),
+        (["show", "1f1b", "forward=0"], "forward=0 is out of range; choose more than 0 and less than"),
+        (["show", "1f1b", "send=nan"], "send=nan is out of range; choose at least 0 and less than"),
+        (["show", "1f1b", "--svg"], "--svg needs a file, as in --svg schedule.svg"),
+        (["show", "1f1b", "--trace", "--svg", "a.svg"], "--trace needs a file, as in --trace schedule.json"),
+        (["show", "1f1b", "--svg", "a", "--svg=b"], "--svg is given twice: --svg a and --svg=b; keep one"),
+        (["list", "pipeline=2", "pipeline=3"], "pipeline is given twice: pipeline=2 and pipeline=3; keep one"),
+        (["list", "--svg", "a.svg"], "--svg a.svg is for schedule show, not list; leave it out"),
+        (["--trace=a.json"], "--trace=a.json is for schedule show, not list; leave it out"),
+        (["list", "--messages"], "--messages is for schedule export, not list; leave it out"),
+        (["show", "1f1b", "--messages"], "--messages is for schedule export, not show; leave it out"),
+        (["export", "1f1b", "a.csv", "forward=2"], "forward=2 is for schedule list and show, not export; leave it out"),
+        (["export", "1f1b", "a.csv", "--messages=1"], "'--messages=1' is not understood"),
         (["show", "1f1b", "--svg", "/nowhere/x.svg"], "/nowhere/x.svg cannot be written"),
         (["export", "1f1b", "table.txt"], "a table's name ends in .csv"),
     ],
