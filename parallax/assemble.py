@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.gradients import GradSink, attach
-from parallax.memory import peak_memory_bytes
+from parallax.memory import format_bytes, memory_bytes, peak_memory_bytes
 from parallax.mesh import Axis, Mesh, cut_axis
 from parallax.models.transformer import TIED, Transformer
 from parallax.optimizers import kind_of, optimizer_for
@@ -106,8 +107,25 @@ class Run:
         }
 
     def describe(self) -> str:
-        """The batch equation and the stage table, for the log."""
-        return f"{self.batch.equation}\n{self.plan.describe()}"
+        """The batch equation and the stage table, for the log; a warning where memory will not do."""
+        return f"{self.batch.equation}\n{self.plan.describe()}{self._warn_of_memory()}"
+
+    def _warn_of_memory(self) -> str:
+        """A line more where more is predicted than this device has, or this machine for all its ranks."""
+        schedule, each = self.plan.schedule, self.mesh.shape.size // self.mesh.pipeline.size
+        wanted = [sum(self.plan.memory[s].total for s in schedule.stages_of(r)) for r in range(schedule.num_ranks)]
+        ranks = range(self.mesh.rank, self.mesh.rank + 1)
+        if self.mesh.device.type == "cpu":
+            first = self.mesh.rank - int(os.environ.get("LOCAL_RANK", "0"))
+            ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        need, has = sum(wanted[rank // each] for rank in ranks), memory_bytes(self.mesh.device)
+        if need <= has:
+            return ""
+        who = "this machine's ranks" if self.mesh.device.type == "cpu" else "a rank"
+        return (
+            f"\nWARNING: {format_bytes(need)} are predicted for {who}, and there are {format_bytes(has)}; a smaller "
+            "batch.microbatch_size, recompute=full, data.zero or more tensor and pipeline ranks need less"
+        )
 
 
 StageBuilder = Callable[..., nn.Module]

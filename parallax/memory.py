@@ -1,14 +1,18 @@
-"""How much memory this process has held."""
+"""How much memory this process has held, and how much there is."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
-__all__ = ["format_bytes", "peak_memory_bytes"]
+__all__ = ["format_bytes", "memory_bytes", "peak_memory_bytes"]
+
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -20,6 +24,17 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What the device has, or this machine for all its ranks: its own, or what a container may use of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            least = min(least, int(path.read_text()))
+    return least
 
 
 def format_bytes(count: float) -> str:

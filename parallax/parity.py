@@ -34,7 +34,7 @@ __all__ = [
     "write_rows",
 ]
 
-BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2, "float8": 1e-1}
 """The largest relative difference of loss or gradient norm that rounding explains in the first steps; later on training
 spreads any rounding. A wrong reduction moves the norm by percents in the first step; in float64 nothing hides."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from parallax import bench_command, cli
 from parallax import parity as parity_file
+from parallax.assemble import DTYPES
 from parallax.errors import ConfigError
 from parallax.parity import Row, compare, run_parity
 
@@ -53,6 +54,10 @@ def test_compare_finds_the_largest_difference():
     assert compare(["a", "b"], [first, first])[1] == 0.0
     assert compare(["a", "b"], [first, first[:1]])[1] == float("inf")
     assert compare(["a", "b"], [first, [Row(1, float("nan"), 1.0), first[1]]])[1] == float("inf")
+
+
+def test_every_dtype_has_a_bound():
+    assert set(parity_file.BOUNDS) == set(DTYPES)
 
 
 @pytest.mark.parametrize(("difference", "code"), [(1e-12, 0), (1e-8, 1)])

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from parallax import assemble, memory
+from tests.cases import start
 
 CODE = """
 import torch
@@ -34,3 +38,24 @@ def test_the_peak_of_construction_is_what_is_kept(dtype: str):
     assert done.returncode == 0, done.stderr
     peak, kept = map(int, done.stdout.split())
     assert kept > 1e9 and 0.9 * kept < peak <= 1.1 * kept, f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} MB"
+
+
+def test_more_memory_than_there_is_is_foretold(monkeypatch: pytest.MonkeyPatch):
+    run = start("1x1x1")[0]
+    need = run.plan.memory[0].total
+    monkeypatch.setattr(assemble, "memory_bytes", lambda device: need)
+    assert "WARNING" not in run.describe()
+    monkeypatch.setattr(assemble, "memory_bytes", lambda device: need - 1)
+    assert f"WARNING: {memory.format_bytes(need)} are predicted for this machine's ranks, and there" in run.describe()
+
+
+def test_what_a_machine_has_is_bounded_by_its_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    unlimited, limit = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    unlimited.write_text("max\n")
+    limit.write_text("12345678\n")
+    has = memory.memory_bytes(torch.device("cpu"))
+    assert has > 100_000_000
+    for paths, wanted in (((unlimited,), None), ((unlimited, limit), 12345678), ((tmp_path / "none",), None)):
+        monkeypatch.setattr(memory, "CGROUPS", paths)
+        found = memory.memory_bytes(torch.device("cpu"))
+        assert found == wanted if wanted else found >= has

@@ -362,9 +362,11 @@ def test_print_config_prints_what_load_reads_and_exits_with_zero(tmp_path, capsy
     assert load([yaml_file(tmp_path, capsys.readouterr().out)]) == load(["model.layers=3", "optimizer.lr=1e-4"])
 
 
-@pytest.mark.parametrize("rank, speaks", [(None, True), ("0", True), ("1", False)])
+@pytest.mark.parametrize("rank, speaks", [(None, "error: "), ("0", "error: "), ("1", "[rank 1 of 1] error: ")])
 def test_errors_come_from_one_rank_and_every_rank_exits_with_two(rank, speaks, capsys, monkeypatch):
-    monkeypatch.setattr("parallax.errors.GRACE_S", 0.0)
+    """Another speaks where rank 0 has not ended it in time: then the error is its own."""
+    waited = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
@@ -373,7 +375,8 @@ def test_errors_come_from_one_rank_and_every_rank_exits_with_two(rank, speaks, c
             parse_command_line(argv)
         streams = capsys.readouterr()
         assert caught.value.code == 2 and streams.out == ""
-        assert streams.err.startswith("error: steps=0 is too small") if speaks else streams.err == ""
+        assert streams.err.startswith(f"{speaks}steps=0 is too small")
+    assert waited == ([(10.0, "")] * 2 if rank == "1" else [])
 
 
 def test_a_good_command_line_is_the_config(capsys, monkeypatch):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from parallax import assemble
 from parallax.errors import CheckpointError, ReplicaError
+from parallax.memory import format_bytes
 from parallax.replicas import check_replicas
 from parallax.resume import Checkpoints
 from parallax.step import train_step
@@ -74,6 +77,26 @@ def test_one_flipped_bit_is_found(ranks, what: str):
     data, tensor, pipeline = map(int, mesh.split("x"))
     for text in ranks(data * tensor * pipeline, flip, mesh, changes, rank, name, local):
         assert text.startswith(f"{name} is not the same on all ranks along {axis}") and f": {named} differs" in text
+
+
+def foretold(local: int) -> tuple[int, int, str]:
+    """Bytes predicted for a rank of either stage, and what is said where there is a byte less than for all."""
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(local), str(int(os.environ["RANK"]) % local)
+    run, _ = start("2x1x2", **GPT2)
+    first, last = (memory.total for memory in run.plan.memory)
+    here = range(run.mesh.rank // local * local, run.mesh.rank // local * local + local)
+    has = sum((first, last)[rank // 2] for rank in here) - 1
+    assemble.memory_bytes = lambda device: has  # type: ignore[attr-defined]
+    return has + 1, run.mesh.rank, run.describe()
+
+
+@pytest.mark.parametrize("local", [2, 4])
+def test_the_ranks_of_a_machine_share_its_memory(ranks, local: int):
+    """Two machines of two ranks hold a stage each, one of four holds both."""
+    every = ranks(4, foretold, local)
+    for need, _, text in every:
+        assert f"WARNING: {format_bytes(need)} are predicted for this machine's ranks" in text
+    assert len({need for need, _, _ in every}) == 4 // local
 
 
 def checked_each(mesh: str, changes: dict[str, Any]) -> list[Any]:
