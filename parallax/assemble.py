@@ -132,8 +132,8 @@ StageBuilder = Callable[..., nn.Module]
 
 
 def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBuilder = Transformer) -> nn.Module:
-    """One stage of the model, on the meta device."""
-    return model(
+    """One stage of the model, on the meta device. Raises ConfigError where it has not what a pipeline asks of it."""
+    stage = model(
         config.model,
         mesh,
         units,
@@ -146,6 +146,12 @@ def build_stage(config: Config, mesh: Mesh, units: Sequence[int], model: StageBu
         offload=config.offload_activations,
         compiled=config.compile,
     )
+    if missing := [name for name in ("dtype", "boundary_shape") if not hasattr(stage, name)]:
+        raise ConfigError(
+            f"{type(stage).__name__} has no {' and no '.join(missing)}: the next stage must know the dtype and the "
+            "shape of what it receives, as models/transformer.py says them"
+        )
+    return stage
 
 
 def assemble(config: Config, mesh: Mesh, model: StageBuilder = Transformer) -> tuple[Run, TrainState]:

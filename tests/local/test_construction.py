@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from parallax import assemble, memory
-from tests.cases import start
+from parallax.errors import ConfigError
+from parallax.mesh import init_mesh
+from tests.cases import make_config, start
 
 CODE = """
 import torch
@@ -59,3 +62,14 @@ def test_what_a_machine_has_is_bounded_by_its_container(monkeypatch: pytest.Monk
         monkeypatch.setattr(memory, "CGROUPS", paths)
         found = memory.memory_bytes(torch.device("cpu"))
         assert found == wanted if wanted else found >= has
+
+
+def test_a_model_that_a_pipeline_could_not_cut_is_refused():
+    """On one rank too, where nobody asks for what it has not."""
+
+    class Mine(nn.Module):
+        def __init__(self, config: object, mesh: object, units: object, **options: object) -> None:
+            super().__init__()
+
+    with pytest.raises(ConfigError, match="Mine has no dtype and no boundary_shape: the next stage must know"):
+        assemble.assemble(make_config("1x1x1"), init_mesh("1x1x1", device_type="cpu"), Mine)
