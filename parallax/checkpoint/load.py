@@ -53,7 +53,8 @@ def _check_entries(manifest: Manifest, entries: Sequence[Entry]) -> None:
         saved = manifest.tensors.get(entry.name)
         if saved is None:
             raise CheckpointError(
-                f"{manifest.path} has no {entry.name}; it was saved by another model: check the model.* keys"
+                f"{manifest.path} has no {entry.name}; it was saved by another model or optimizer: check the model.* "
+                "and optimizer.* keys"
             )
         if saved.global_shape != entry.global_shape:
             raise CheckpointError(
@@ -72,7 +73,9 @@ def _check_names(manifest: Manifest, gathered: Sequence[Sequence[str]]) -> None:
     unused = sorted(set(manifest.tensors) - {name for names in gathered for name in names})
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        raise CheckpointError(f"{manifest.path} holds what this model does not have: {shown}; check the model.* keys")
+        raise CheckpointError(
+            f"{manifest.path} holds what this run does not have: {shown}; check the model.* and optimizer.* keys"
+        )
 
 
 def _check_hashes(manifest: Manifest, exchange: Exchange) -> None:

@@ -151,7 +151,7 @@ def test_another_model_is_refused(saved: Path):
         (entries("v", torch.zeros(12, 5), [((0, 12), (0, 5))]), "has no v; it was saved by another model"),
         (entries("w", torch.zeros(12, 6), [((0, 12), (0, 6))]), r"of shape \(12, 5\), this model wants \(12, 6\)"),
         (entries("w", torch.zeros(12, 5).double(), [((0, 12), (0, 5))]), "as F32, this run wants F64"),
-        ([], "holds what this model does not have: w"),
+        ([], "holds what this run does not have: w"),
         ([Entry("w", (12, 5), ((0, 12), (0, 5)), torch.zeros(3, 5), (0,))], r"a tensor of \(3, 5\) is not box"),
     ]
     for wanted, message in cases:
