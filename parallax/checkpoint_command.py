@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallax.arguments import close_to, take_options
 from parallax.checkpoint.place import Place, place
-from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint, printable
+from parallax.errors import CheckpointError, ConfigError, DamagedCheckpoint, NewerCheckpoint, printable
 
 if TYPE_CHECKING:
     from parallax.checkpoint import Manifest
@@ -37,7 +38,7 @@ def run_checkpoint(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(f"usage: {USAGE}")
         return 0
-    words = [word for word in argv if word != "--json"]
+    name, *words = [word for word in argv if word != "--json"] or [""]
     commands: Mapping[str, Callable[[Sequence[str]], tuple[Any, list[str], int]]] = {
         "ls": _ls,
         "show": _show,
@@ -46,9 +47,12 @@ def run_checkpoint(argv: Sequence[str]) -> int:
         "prune": _prune,
         "reshard": _reshard,
     }
-    if not words or words[0] not in commands:
-        raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}, export\nusage: {USAGE}")
-    data, lines, code = commands[words[0]](words[1:])
+    if name not in commands:
+        said = f"and got {name}{close_to(name, (*commands, 'export', '--json'))}" if name else "and got nothing"
+        raise ConfigError(f"parallax checkpoint takes one of {', '.join(commands)}, export, {said}\nusage: {USAGE}")
+    if name != "reshard":  # which has options of its own
+        _, words = take_options(words, name, flags=("--json",))
+    data, lines, code = commands[name](words)
     print(json.dumps(data, allow_nan=False) if "--json" in argv else printable("\n".join(lines)))
     return code
 
@@ -115,8 +119,13 @@ def _show(words: Sequence[str]) -> tuple[Any, list[str], int]:
 
 
 def _verify(words: Sequence[str]) -> tuple[Any, list[str], int]:
+    from parallax import checkpoint
+
     if not words:
         raise ConfigError(f"verify takes one checkpoint or more\nusage: {USAGE}")
+    for word in words:  # a mistyped path is a mistake and no damage, and is said before hours of hashing
+        with contextlib.suppress(DamagedCheckpoint, NewerCheckpoint, OSError):
+            checkpoint.read_manifest(place(word))
     rows = [{"path": word, "problems": _problems(place(word))} for word in words]
     lines = [line for row in rows for line in (row["problems"] or [f"{row['path']} is sound"])]
     return rows, lines, int(any(row["problems"] for row in rows))
@@ -214,11 +223,8 @@ def _reshard(words: Sequence[str]) -> tuple[Any, list[str], int]:
 def _prune(words: Sequence[str]) -> tuple[Any, list[str], int]:
     from parallax import checkpoint
 
-    numbers = dict(word.split("=", 1) for word in words if "=" in word)
-    unknown = set(numbers) - {"keep", "keep_every"}
-    if unknown or not all(text.isdecimal() for text in numbers.values()) or int(numbers.get("keep", "0")) < 1:
-        raise ConfigError(f"prune takes a run, keep=K of at least 1, and keep_every=N\nusage: {USAGE}")
-    directory = _checkpoints(_one([word for word in words if "=" not in word], "run"))
+    rest, keep, keep_every = _keeps(words)
+    directory = _checkpoints(_one(rest, "run"))
     damaged: list[str] = []
 
     def check(path: Place) -> None:
@@ -229,7 +235,28 @@ def _prune(words: Sequence[str]) -> tuple[Any, list[str], int]:
     # No run may be writing there.
     lock = checkpoint.DirectoryLock(directory) if isinstance(directory, Path) else contextlib.nullcontext()
     with lock:
-        keep, keep_every = int(numbers["keep"]), int(numbers.get("keep_every", "0"))
         gone = checkpoint.prune(directory, keep, keep_every, check=check)
     lines = [f"deleted {path}" for path in gone] or ["nothing to delete"]
     return [str(path) for path in gone], damaged + lines, int(bool(damaged))
+
+
+def _keeps(words: Sequence[str]) -> tuple[list[str], int, int]:
+    """What of prune's words is no key=value, keep, and keep_every."""
+    least = {"keep": 1, "keep_every": 0}
+    found: dict[str, int] = {}
+    rest: list[str] = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or "/" in name:
+            rest.append(word)
+            continue
+        if name not in least:
+            raise ConfigError(f"prune has no {name}{close_to(name, least) or '; it takes keep=K and keep_every=N'}")
+        if name in found:
+            raise ConfigError(f"{name} is given twice; keep one")
+        if not text.isascii() or not text.isdigit() or int(text) < least[name]:
+            raise ConfigError(f"{name}={text}: expected an integer of at least {least[name]}")
+        found[name] = int(text)
+    if "keep" not in found:
+        raise ConfigError(f"prune needs keep=K, how many of the newest stay\nusage: {USAGE}")
+    return rest, found["keep"], found.get("keep_every", 0)

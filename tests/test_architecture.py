@@ -20,6 +20,7 @@ RANK = {
     "rng": 0,
     "plain_files": 0,
     "plain_json": 0,
+    "arguments": 1,
     "allocator": 0,
     "processor": 0,
     "transfer": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from parallax.arguments import take_options
 from parallax.checkpoint.hf_export import export_hf
 from parallax.checkpoint.place import place
 from parallax.config_hf import FAMILIES
@@ -28,7 +29,7 @@ def run_export(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(f"usage: {USAGE}")
         return 0
-    options, rest = _parse(argv)
+    options, rest = take_options(argv, "export", OPTIONS)
     if options.get("--to", "hf") != "hf":
         raise ConfigError(f"--to {options['--to']} is not known; the one format is hf, as in --to hf OUT")
     if len(rest) != 2 or "--to" not in options:
@@ -49,24 +50,3 @@ def run_export(argv: Sequence[str]) -> int:
     print(f"  {', '.join(done.files)}")
     print(f"  copied: {', '.join(done.companions)}" if done.companions else "  no tokenizer is known; --tokenizer DIR")
     return 0
-
-
-def _parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options, as `--name value` or `--name=value`, and the rest."""
-    options: dict[str, str] = {}
-    rest: list[str] = []
-    left = list(argv)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("--"):
-            rest.append(word)
-            continue
-        name, equals, value = word.partition("=")
-        if name not in OPTIONS:
-            raise ConfigError(f"{name} is no option of export; there are {', '.join(OPTIONS)}")
-        if name in options:
-            raise ConfigError(f"{name} is given twice; keep one")
-        if not equals and not left:
-            raise ConfigError(f"{name} has no value; write {name} VALUE")
-        options[name] = value if equals else left.pop(0)
-    return options, rest

@@ -102,17 +102,42 @@ def read(path: Path, name: str) -> torch.Tensor:
     return files.read_global(manifest, name, tuple((0, size) for size in shape))
 
 
-def test_prune_and_mistakes(saved: Path, capsys):
-    for words in (
-        ["prune", saved],
-        ["prune", saved, "keep=0"],
-        ["prune", saved, "kep=1"],
-        [],
-        ["lst"],
-        ["diff", saved],
-    ):
-        assert answer(capsys, *words)[0] == 2
-    assert answer(capsys, "ls", saved / "nowhere")[0] == 2
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "takes one of ls, show, verify, diff, prune, reshard, export, and got nothing"),
+        (["lst"], "and got lst; did you mean ls?"),
+        (["--jsn", "ls", "RUN"], "and got --jsn; did you mean --json?"),
+        (["ls", "RUN", "--jsn"], "--jsn is no option of ls; did you mean --json?"),
+        (["show", "--foo"], "--foo is no option of show; there is --json"),
+        (["verify", "--foo"], "--foo is no option of verify"),
+        (["verify", "RUN/checkpoints/step-00000001", "RUN/nowhere"], "nowhere is no directory; give a checkpoint"),
+        (["diff", "RUN", "RUN", "--jsonn"], "--jsonn is no option of diff; did you mean --json?"),
+        (["diff", "RUN"], "diff takes two checkpoints, got 1"),
+        (["ls", "RUN/nowhere"], "is no directory; give a run's output"),
+        (["prune", "RUN", "keep=1", "--dry-run"], "--dry-run is no option of prune; there is --json"),
+        (["prune", "RUN"], "prune needs keep=K"),
+        (["prune", "RUN", "kep=5"], "prune has no kep; did you mean keep?"),
+        (["prune", "RUN", "foo=5"], "prune has no foo; it takes keep=K and keep_every=N"),
+        (["prune", "RUN", "keep=x"], "keep=x: expected an integer of at least 1"),
+        (["prune", "RUN", "keep=0"], "keep=0: expected an integer of at least 1"),
+        (["prune", "RUN", "keep=1", "keep_every=-2"], "keep_every=-2: expected an integer of at least 0"),
+        (["prune", "RUN", "keep=1", "keep=2"], "keep is given twice"),
+        (["prune", "keep=1"], "expected one run, got 0"),
+        (["reshard", "RUN", "--msh", "1x1x1", "OUT"], "--msh is no option of reshard; did you mean --mesh?"),
+        (["reshard", "RUN", "OUT", "--mesh"], "--mesh has no value"),
+        (["reshard", "RUN", "OUT", "mesh=1x1x1"], "reshard takes the mesh as --mesh 1x1x1"),
+        (["reshard", "RUN", "OUT"], "reshard takes CHECKPOINT --mesh MESH OUT"),
+    ],
+)
+def test_a_mistake_is_named_and_touches_nothing(saved: Path, capsys, words: list[str], message: str):
+    assert main(["checkpoint", *(word.replace("RUN", str(saved)) for word in words)]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and not out
+    assert len(checkpoint.find(saved / "checkpoints")) == 3
+
+
+def test_prune(saved: Path, capsys):
     lock = checkpoint.DirectoryLock(saved / "checkpoints")
     assert answer(capsys, "prune", saved, "keep=1")[0] == 2, "a run is writing there"
     lock.release()
@@ -214,3 +239,57 @@ def test_reshard_does_not_believe_a_stranger_s_configuration(saved: Path, tmp_pa
     assert main(["checkpoint", "reshard", str(path), "--mesh", "1x1x1", str(tmp_path / "out")]) in (1, 2)
     assert message in capsys.readouterr().err and time.monotonic() - begun < 5
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layers=1", "cannot set model.layers=1 (it is 2); what may change with the mesh: batch.microbatch_size"),
+        ("model.hidden=96", "cannot set model.hidden=96 (it is 48)"),
+        ("model.rope_theta=5", "cannot set model.rope_theta=5.0 (it is"),
+        ("model.norm_eps=0.1", "cannot set model.norm_eps=0.1"),
+        ("optimizer.name=sgd", "cannot set optimizer.name=sgd"),
+        ("corpus.sequence_length=3", "cannot set corpus.sequence_length=3"),
+        ("batch.global_size=1000", "cannot set batch.global_size=1000"),
+        ("steps=77", "cannot set steps=77"),
+        ("model.layer=1", "unknown key model.layer; did you mean model.layers"),
+    ],
+)
+def test_reshard_cannot_make_it_another_model(saved: Path, tmp_path: Path, capsys, override: str, message: str):
+    path = checkpoint.find(saved / "checkpoints")[0]
+    words = ["reshard", str(path), "--mesh", "1x1x1", str(tmp_path / "out"), override]
+    assert main(["checkpoint", *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_reshard_changes_the_cut_alone(saved: Path, tmp_path: Path, capsys):
+    """Padding is in no file; a key that says what is so already is no change. Every tensor is there, bit for bit."""
+    path = checkpoint.find(saved / "checkpoints")[0]
+    allowed = ["model.vocab_multiple=8", "model.layers=2", "pipeline.schedule=gpipe", "data.zero=1"]
+    assert answer(capsys, "reshard", path, "--mesh", "1x2x1", tmp_path / "out", *allowed)[0] == 0
+    there = tmp_path / "out/checkpoints" / path.name
+    new = checkpoint.read_manifest(there)
+    old = checkpoint.read_manifest(path)
+    assert new.tensors.keys() == old.tensors.keys()
+    rows = [box.box[0] for box in new.tensors["parameters/embedding.token.weight"].boxes]
+    assert sorted(rows) == [(0, 56), (56, 101)], "51 without the padding"
+    assert answer(capsys, "diff", path, there) == (0, "the same tensors, bit for bit\n")
+    assert new.state["config"]["model"] == old.state["config"]["model"] | {"vocab_multiple": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 1}, "holds parameters/layers.1."),
+        ({"layers": 3}, "has no parameters/layers.2."),
+        ({"ffn": 16}, "of shape (48, 48), the model of its configuration one of (16, 48)"),
+    ],
+    ids=["fewer", "more", "narrower"],
+)
+def test_reshard_drops_no_tensor(saved: Path, tmp_path: Path, capsys, change: dict[str, int], message: str):
+    """A configuration that is not the tensors' is refused: what it does not have would be kept, and be in no model."""
+    path = checkpoint.find(saved / "checkpoints")[0]
+    edit(path, lambda manifest: manifest["state"]["config"]["model"].update(change))
+    assert main(["checkpoint", "reshard", str(path), "--mesh", "1x1x1", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "another model" in error and not list(tmp_path.glob("out/checkpoints/step*"))
