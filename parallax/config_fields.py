@@ -64,6 +64,7 @@ class ModelConfig:
     tie_embeddings: bool = key(False, "one matrix for the embedding and the output head")
     dropout: float = key(0.0, "dropout probability", least=0, below=1)
     positions: Literal["learned", "rotary"] = key("rotary", "position encoding")
+    max_positions: int | None = key(None, "learned positions; none = corpus.sequence_length", least=1)
     norm: Literal["layernorm", "rmsnorm"] = key("rmsnorm", "normalisation")
     activation: Literal["gelu", "swiglu"] = key("swiglu", "activation of the MLP")
     qk_norm: bool = key(False, "rmsnorm of each query and key head before the rotation, as in Qwen3")
@@ -72,6 +73,10 @@ class ModelConfig:
     norm_eps: float = key(1e-5, "epsilon of the normalisation", above=0)
     init_std: float = key(0.02, "standard deviation of the initial weights", above=0)
     vocab_multiple: int = key(1, "each rank's vocabulary rows are padded to a multiple of this", least=1)
+
+    def num_positions(self, sequence_length: int) -> int:
+        """Rows of the table of learned positions; 0 without one."""
+        return (self.max_positions or sequence_length) if self.positions == "learned" else 0
 
     @property
     def num_kv_heads(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ FAMILIES: Mapping[str, Family] = {
             "hidden": ("n_embd", int, NO_DEFAULT),
             "heads": ("n_head", int, NO_DEFAULT),
             "ffn": ("n_inner", int, None),
+            "max_positions": ("n_positions", int, 1024),
             "vocab": ("vocab_size", int, NO_DEFAULT),
             "norm_eps": ("layer_norm_epsilon", float, 1e-5),
         },
@@ -213,7 +214,7 @@ def _rope(hf: Mapping[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def disagreements(config: Config, hf: Mapping[str, Any]) -> list[str]:
-    """What of a configuration is not what config.json says: the keys to set, and a sequence that is too long."""
+    """What of a configuration is not what config.json says: the keys to set, and a sequence beyond a window."""
     problems = []
     wrong = {
         name: value for name, value in model_keys(hf, config.init_from).items() if _value(config.model, name) != value
@@ -223,12 +224,6 @@ def disagreements(config: Config, hf: Mapping[str, Any]) -> list[str]:
         fix = " ".join(f"{name}={_shown(value)}" for name, value in wrong.items())
         problems.append(f"init_from={config.init_from} is another model than {now}; leave these keys out, or set {fix}")
     length = config.corpus.sequence_length
-    positions = hf.get("n_positions", 1024) if hf.get("model_type") == "gpt2" else length
-    if not isinstance(positions, int) or positions < length:
-        problems.append(
-            f"init_from={config.init_from} has {positions} learned positions, corpus.sequence_length is {length}; set "
-            f"corpus.sequence_length to at most {positions}"
-        )
     window = _window(hf)
     if window is not None and (not isinstance(window, int) or window < length):
         problems.append(
@@ -280,6 +275,9 @@ def make_hf_config(config: Config, family: str, dtype: str, origin: Mapping[str,
         made.pop(stale, None)
     length = config.corpus.sequence_length
     made |= {"model_type": family, "architectures": [kind.architecture], "torch_dtype": dtype}
+    if family == "gpt2":
+        model = replace(model, max_positions=model.max_positions or length)
+        made.pop("n_ctx", None)
     made |= {theirs: _value(model, ours) for ours, (theirs, _, _) in kind.names.items()}
     made["tie_word_embeddings"] = model.tie_embeddings
     for name, value in {**kind.rest, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}.items():
@@ -287,10 +285,7 @@ def make_hf_config(config: Config, family: str, dtype: str, origin: Mapping[str,
     for name, allowed in kind.only.items():
         if made.get(name) not in allowed or name not in made:
             made[name] = allowed[0]
-    if family == "gpt2":
-        made["n_positions"] = length
-        made.pop("n_ctx", None)
-    else:
+    if family != "gpt2":
         made["rope_theta"] = model.rope_theta
         made["max_position_embeddings"] = max(length, made.get("max_position_embeddings") or 0)
     if family == "llama":

@@ -72,6 +72,20 @@ def _kv_heads_by_tensor(config: Config) -> str | None:
     )
 
 
+def _max_positions(config: Config) -> str | None:
+    most, length = config.model.max_positions, config.corpus.sequence_length
+    if most is None:
+        return None
+    if config.model.positions != "learned":
+        return f"model.max_positions={most} is for model.positions=learned, not {config.model.positions}; leave it out"
+    if most < length:
+        return (
+            f"model.max_positions={most}: the model has {most} learned positions, corpus.sequence_length is {length}; "
+            f"set corpus.sequence_length to at most {most}"
+        )
+    return None
+
+
 def _batch(config: Config) -> str | None:
     try:
         resolve_batch(config)
@@ -323,6 +337,7 @@ RULES: tuple[tuple[str, Callable[[Config], str | None]], ...] = (
     ("mesh model.hidden model.ffn model.activation", _ffn_by_tensor),
     ("model.hidden model.heads model.head_dim model.positions", _hidden_by_heads),
     ("model.heads model.kv_heads", _heads_by_kv_heads),
+    ("model.max_positions model.positions corpus.sequence_length", _max_positions),
     ("mesh batch.global_size batch.microbatch_size batch.num_microbatches", _batch),
     (
         "mesh batch.global_size batch.microbatch_size batch.num_microbatches corpus.sequence_length "

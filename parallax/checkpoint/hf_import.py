@@ -106,9 +106,7 @@ def _check(directory: Path, stored: Mapping[str, StoredTensor], tensors: Sequenc
                 f"{directory} has no {name}; its config.json is of another model, or a file is missing"
             )
         shape = stored[name].shape
-        # Positions beyond the sequence are left: a model may be trained on less than it can read.
-        longer = tensor.parts == ("embedding.position.weight",) and shape[:1] > tensor.shape[:1]
-        if shape != tensor.shape and not (longer and shape[1:] == tensor.shape[1:]):
+        if shape != tensor.shape:
             raise CheckpointError(f"{directory} has {name} of shape {shape}, its config.json says {tensor.shape}")
     spare = {TIED_HEAD} if config.model.tie_embeddings else set()
     if extra := sorted(set(stored) - set(wanted) - spare):

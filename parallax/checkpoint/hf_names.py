@@ -82,7 +82,7 @@ def parts_of(tensors: list[HfTensor]) -> dict[str, Part]:
 
 def hf_tensors(model: ModelConfig, family: str, sequence_length: int) -> list[HfTensor]:
     """Every tensor of the model in that family, in order of use. A tied head is none of its own."""
-    found = list(_gpt2(model, sequence_length) if family == "gpt2" else _llama(model))
+    found = list(_gpt2(model, model.num_positions(sequence_length)) if family == "gpt2" else _llama(model))
     if not model.tie_embeddings:
         found.append(HfTensor(TIED_HEAD, (model.vocab, model.hidden), ("head.weight",)))
     return found
@@ -116,7 +116,7 @@ def _llama(model: ModelConfig) -> Iterator[HfTensor]:
     yield HfTensor("model.norm.weight", (hidden,), ("final_norm.weight",))
 
 
-def _gpt2(model: ModelConfig, sequence_length: int) -> Iterator[HfTensor]:
+def _gpt2(model: ModelConfig, num_positions: int) -> Iterator[HfTensor]:
     hidden, ffn = model.hidden, model.ffn_size
 
     def norm(theirs: str, ours: str) -> Iterator[HfTensor]:
@@ -131,7 +131,7 @@ def _gpt2(model: ModelConfig, sequence_length: int) -> Iterator[HfTensor]:
         yield bias(theirs, columns, *ours)
 
     yield HfTensor("transformer.wte.weight", (model.vocab, hidden), ("embedding.token.weight",))
-    yield HfTensor("transformer.wpe.weight", (sequence_length, hidden), ("embedding.position.weight",))
+    yield HfTensor("transformer.wpe.weight", (num_positions, hidden), ("embedding.position.weight",))
     for index in range(model.layers):
         theirs, ours = f"transformer.h.{index}", f"layers.{index}"
         yield from norm(f"{theirs}.ln_1", f"{ours}.attention_norm")

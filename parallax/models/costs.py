@@ -56,7 +56,7 @@ def unit_costs(config: ModelConfig, sequence_length: int) -> list[tuple[str, flo
     qk_norms = 2 * head_dim if config.qk_norm else 0
     layer = (2.0 * products + 2.0 * width * sequence_length, products + biases + 2 * norm + qk_norms)
     table = config.vocab * hidden
-    positions = sequence_length * hidden if config.positions == "learned" else 0
+    positions = config.num_positions(sequence_length) * hidden
     head = 0 if config.tie_embeddings else table
     return [
         ("embedding", 0.0, table + positions),

@@ -98,7 +98,8 @@ class Embedding(nn.Module):
         )
         self.position: PositionEmbedding | None = None
         if config.positions == "learned":
-            self.position = PositionEmbedding(sequence_length, config, mesh, sequence_parallel, dtype)
+            length = config.num_positions(sequence_length)
+            self.position = PositionEmbedding(length, config, mesh, sequence_parallel, dtype)
 
     def forward(self, tokens_BT: Tensor, rows: TokenRows) -> Tensor:
         x = self.token(tokens_BT.reshape(-1))

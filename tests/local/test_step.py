@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -117,10 +118,11 @@ def test_evaluation_changes_nothing_and_drops_nothing():
     assert advance(run, state, 1)[0][0] != pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "gpt2-longer"])
 def test_the_counted_parameters_are_the_model_s(variant: str):
-    config = make_config("1x1x1", **VARIANTS[variant])
-    run, _ = start("1x1x1", **VARIANTS[variant])
+    changes = GPT2 | {"model.max_positions": 99} if variant == "gpt2-longer" else VARIANTS[variant]
+    config = make_config("1x1x1", **changes)
+    run, _ = start("1x1x1", **changes)
     held: dict[str, int] = {}
     for specs in run.specs.values():
         for spec in specs:
@@ -142,6 +144,8 @@ def test_known_models_have_their_known_sizes():
         "corpus.sequence_length": 1024,
     })  # fmt: skip
     assert sum(p for _, _, p in unit_costs(gpt2.model, 1024)) == 124_439_808
+    longer = dataclasses.replace(gpt2.model, max_positions=1024)
+    assert sum(p for _, _, p in unit_costs(longer, 64)) == 124_439_808
     llama = make_config("1x1x1", **{
         "model.layers": 22, "model.hidden": 2048, "model.heads": 32, "model.kv_heads": 4, "model.ffn": 5632,
         "model.vocab": 32000,

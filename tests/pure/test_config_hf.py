@@ -38,11 +38,24 @@ VALUES = st.recursive(
 def test_what_is_written_is_read_back(family: str):
     config = with_overrides(Config(), SHAPES[family])
     hf = make_hf_config(config, family, "float32")
-    assert with_overrides(Config(), model_keys(hf)).model == with_overrides(
-        config, {"model.kv_heads": config.model.num_kv_heads, "model.head_dim": config.model.head_size,
-                 "model.ffn": config.model.ffn_size}
-    ).model  # fmt: skip
+    resolved = {
+        "model.kv_heads": config.model.num_kv_heads,
+        "model.head_dim": config.model.head_size,
+        "model.ffn": config.model.ffn_size,
+        "model.max_positions": config.corpus.sequence_length if family == "gpt2" else None,
+    }
+    config = with_overrides(config, resolved)
+    assert with_overrides(Config(), model_keys(hf)).model == config.model
     assert disagreements(config, hf) == []
+
+
+def test_gpt_2_keeps_its_positions_whatever_is_trained_on():
+    config = with_overrides(Config(), SHAPES["gpt2"] | {"model.max_positions": 1024})
+    hf = make_hf_config(config, "gpt2", "float32")
+    assert (hf["n_positions"], config.corpus.sequence_length) == (1024, 128)
+    assert model_keys({k: v for k, v in hf.items() if k != "n_positions"})["model.max_positions"] == 1024
+    shorter = with_overrides(config, {"model.max_positions": 128})
+    assert "set model.max_positions=1024" in disagreements(shorter, hf)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

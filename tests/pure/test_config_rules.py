@@ -35,6 +35,11 @@ def failure(*argv: str) -> str:
         ("mesh=1x3x1 model.ffn=384", ["model.heads=8", "tensor=3", "1, 2, 4, 8"]),
         ("model.hidden=100", ["model.hidden=100", "model.heads=8", "1, 2, 4, 5, 10, 20"]),
         ("model.hidden=24", ["head size", "= 3 is odd", "positions=learned"]),
+        (
+            "model.positions=learned model.max_positions=64",
+            ["64 learned positions, corpus.sequence_length is 128", "at most 64"],
+        ),
+        ("model.max_positions=256", ["model.max_positions=256 is for model.positions=learned, not rotary"]),
         ("model.kv_heads=3", ["model.heads=8", "model.kv_heads=3", "1, 2, 4, 8"]),
         ("mesh=1x4x1 model.heads=12 model.hidden=96 model.kv_heads=6", ["model.kv_heads=6", "tensor=4", "multiple"]),
         ("mesh=1x8x1 model.ffn=100", ["model.ffn=100", "tensor=8", "1, 2, 4, 5, 10, 20"]),
