@@ -21,7 +21,7 @@ import yaml
 
 from parallax.config import Config, check, keys, kind_name, resolve_batch, schedule_names, sections, value_fits
 from parallax.config_hf import disagreements, model_keys, read_hf_config
-from parallax.config_names import did_you_mean, unknown_key
+from parallax.config_names import did_you_mean, unknown_key, value_hint
 from parallax.errors import ConfigError, report
 
 __all__ = ["from_dict", "help_text", "load", "parse_command_line", "to_dict", "to_yaml", "with_overrides"]
@@ -190,6 +190,7 @@ class _Reading:
     def add(self, name: str, raw: object, source: str, where: str) -> None:
         """Convert and keep one value, or report it. where: the argument, or the line of the file."""
         prefix = "" if source == "the command line" else f"{source}, {where}: "
+        given = name
         if name == "precision" and isinstance(raw, str):  # a section, and a short name for the key that matters most
             name = "dtype"
         if name == "checkpoint.async":  # no name that Python lets a field have
@@ -197,14 +198,16 @@ class _Reading:
         if self.is_repeated(name, source, where):
             return
         if name not in keys():
-            self.problems.append(prefix + unknown_key(name, raw if isinstance(raw, str) and not prefix else None))
+            text = raw if isinstance(raw, str) else None
+            self.problems.append(prefix + unknown_key(name, text, carry=not prefix))
             return
         try:
             self.values[name] = _convert(raw, keys()[name].kind)
         except ConfigError as error:
             self.unread.add(name)
             shown = raw if isinstance(raw, str) else "null" if raw is None else json.dumps(raw)
-            self.problems.append(f"{prefix}{name}={shown}: {error}")
+            hint = value_hint(given, raw, keys()[name]) if isinstance(raw, str) else ""
+            self.problems.append(f"{prefix}{given}={shown}: {error}{hint}")
 
 
 def _replaced(config: Config, values: Mapping[str, object]) -> Config:

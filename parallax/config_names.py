@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import Literal
 
-from parallax.config_fields import keys, sections
+from parallax.config_fields import Key, keys, sections
 
-__all__ = ["NAMES_ELSEWHERE", "did_you_mean", "unknown_key"]
+__all__ = ["NAMES_ELSEWHERE", "VALUES_ELSEWHERE", "did_you_mean", "unknown_key", "value_hint"]
 
 # What other frameworks call our keys: Megatron-LM, nanotron, torchtitan, nanoGPT, DeepSpeed, Hugging Face. Compared
 # in lower case with _ for -, first with the whole dotted name, then with its last component. A * marks a name whose
-# value means something else (another unit, the opposite, one of two numbers): a suggestion leaves the value out.
+# value means something else (another unit, the opposite, one of two numbers): a suggestion leaves the value out. A
+# target with a value stands for switches there that are one value of a key here.
 NAMES_ELSEWHERE: Mapping[str, str] = {
     "steps": "train_iters train_steps max_iters max_steps num_train_steps total_steps num_iterations",
-    "dtype": "bf16* fp16* fp8* params_dtype torch_dtype mixed_precision_param",
+    "dtype": "params_dtype torch_dtype mixed_precision_param mixed_precision",
+    "dtype=bfloat16": "bf16 bf16.enabled bfloat16.enabled use_bf16",
+    "dtype=float16": "fp16 fp16.enabled use_fp16",
+    "dtype=float8": "fp8 fp8_format fp8.enabled enable_fp8",
+    "compile": "torch_compile compile.enable",
+    "recompute": "activation_checkpoint.mode recompute_granularity activation_checkpoint_mode",
+    "recompute=selective": "recompute_activations",
+    "recompute=full": "gradient_checkpointing activation_checkpointing checkpoint_activations recompute_layer "
+    "full_recompute",
     "output": "save out_dir output_dir save_dir dump_folder checkpoints_path run_dir",
     "init_from": "from_pretrained pretrained_model_name_or_path pretrained_checkpoint initial_load_path",
     "resume": "load load_dir resume_from_checkpoint resume_checkpoint_path load_step* load_path",
@@ -50,9 +61,15 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "pipeline.split": "pipeline_parallel_split_points* pipeline_model_parallel_layout* module_fqns_per_model_part* "
     "decoder_first_pipeline_num_layers* decoder_last_pipeline_num_layers*",
     "tensor.sequence_parallel": "tp_mode* enable_sequence_parallel",
+    "data.zero": "zero_stage zero_optimization.stage",
+    "data.zero=1": "use_distributed_optimizer",
+    "data.zero=3": "fsdp use_torch_fsdp2 use_megatron_fsdp",
     "data.bucket_bytes": "ddp_bucket_size* bucket_cap_mb* reduce_bucket_size* bucket_size*",
     "data.grad_dtype": "accumulate_allreduce_grads_in_fp32* accumulate_grad_in_fp32* grad_accum_dtype "
     "mixed_precision_reduce main_grads_dtype",
+    "precision.loss_scale": "initial_loss_scale initial_scale_power*",
+    "optimizer.name": "optim* optimizer.type* optimizer_type*",
+    "optimizer.offload": "optimizer_cpu_offload offload_optimizer* cpu_offload*",
     "optimizer.lr": "learning_rate warmup_max_lr max_lr peak_lr",
     "optimizer.weight_decay": "wd",
     "optimizer.betas": "adam_beta1* adam_beta2* beta1* beta2*",
@@ -74,25 +91,59 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "mesh=context": "cp context_parallel_size context_parallel_degree cp_size",
     "mesh=expert": "ep expert_model_parallel_size expert_parallel_size expert_parallel_degree ep_size",
 }
+VALUES_ELSEWHERE: Mapping[str, str] = {
+    "float64": "fp64 double f64",
+    "float32": "fp32 float f32 32 32-true",
+    "bfloat16": "bf16 bf16-mixed bf16-true",
+    "float16": "fp16 half f16 16 16-mixed 16-true",
+    "float8": "fp8 float8_e4m3fn e4m3 hybrid",
+    "adamw": "adam adamw_torch adamw_torch_fused fusedadam adam8bit",
+}
+NO = ("false", "no", "off", "0", "none", "null")
 
 
-def unknown_key(name: str, value: str | None = None) -> str:
-    """The message for a key that does not exist. value: its text, where the suggestion should carry it."""
+def unknown_key(name: str, value: str | None = None, *, carry: bool = True) -> str:
+    """The message for a key that does not exist. value: its text; carry: whether the suggestion should have it."""
     if name in sections():
         first = next(known for known in keys() if known.startswith(f"{name}."))
         return f"{name} is a section; set its keys, such as {first}"
-    return f"unknown key {name}; {did_you_mean(name, value)}--help lists all keys"
+    return f"unknown key {name}; {did_you_mean(name, value, carry=carry)}--help lists all keys"
 
 
-def did_you_mean(name: str, value: str | None = None) -> str:
+def value_hint(name: str, value: str, key: Key) -> str:
+    """`; did you mean dtype=bfloat16?` for a value that is none of the key's, or nothing if none comes close.
+    name: what the key was called.
+    """
+    meant = _value_here(key, value)
+    return f"; did you mean {name}={meant}?" if meant else ""
+
+
+def _value_here(key: Key, value: str) -> str | None:
+    """Which of a key's few values this one is, in the words of others or misspelt; of other keys None."""
+    names = [name for name in typing.get_args(key.kind) if isinstance(name, str)]
+    word = value.strip().lower().removeprefix("torch.")
+    meant = [ours for ours in names if word == ours or word in VALUES_ELSEWHERE.get(ours, "").split()]
+    return next(iter(meant or get_close_matches(word, names, n=1)), None)
+
+
+def did_you_mean(name: str, value: str | None = None, *, carry: bool = True) -> str:
     """`did you mean model.layers=4? `, or nothing if no key comes close."""
     matches = _matches(name)
     axis = next((target for target in matches if target.startswith("mesh=")), None)
     if axis:
         size = value if value and value.isdecimal() else "N"
         return f"did you mean {axis}{size}? mesh is data x tensor x pipeline, as in mesh=2x4x1; "
-    options = [target if value is None or not carries else f"{target}={value}" for target, carries in matches.items()]
+    options = [_option(target, value, carry and carries) for target, carries in matches.items()]
     return f"did you mean {' or '.join(options[:3])}? " if options else ""
+
+
+def _option(target: str, value: str | None, carries: bool) -> str:
+    key, fixed, _ = target.partition("=")
+    if fixed:  # a switch that is off says which value is not meant
+        return key if value is not None and value.strip().lower() in NO else target
+    if target in keys() and typing.get_origin(keys()[target].kind) is Literal and value is not None:
+        value = _value_here(keys()[target], value)
+    return f"{key}={value}" if carries and value is not None else key
 
 
 def _matches(name: str) -> dict[str, bool]:

@@ -67,6 +67,23 @@ def failure(*argv: str) -> str:
         ("gradient_accumulation_steps=2", "batch.num_microbatches=2"),
         ("gradient_clipping=2", "optimizer.max_grad_norm=2"),
         ("num_key_value_heads=2", "model.kv_heads=2"),
+        ("zero_optimization.stage=2", "data.zero=2"),
+        ("zero_stage=3", "data.zero=3"),
+        ("--use-distributed-optimizer=true", "data.zero=1"),
+        ("--use-distributed-optimizer=false", "data.zero"),
+        ("fp16.enabled=true", "dtype=float16"),
+        ("bf16.enabled=true", "dtype=bfloat16"),
+        ("bf16.enabled=False", "dtype"),
+        ("bf16=true", "dtype=bfloat16"),
+        ("--fp16=true", "dtype=float16"),
+        ("torch_dtype=bfloat16", "dtype=bfloat16"),
+        ("mixed_precision=bf16", "dtype=bfloat16"),
+        ("mixed_precision=no", "dtype"),
+        ("activation_checkpoint.mode=selective", "recompute=selective"),
+        ("recompute_granularity=full", "recompute=full"),
+        ("--recompute-activations=true", "recompute=selective"),
+        ("gradient_checkpointing=true", "recompute=full"),
+        ("optimizer.type=AdamW", "optimizer.name"),
     ],
 )
 def test_unknown_keys_suggest_ours(argument, suggestion):
@@ -80,6 +97,32 @@ def test_a_suggestion_leaves_out_a_value_that_means_something_else():
     assert "did you mean model.tie_embeddings?" in failure("--untie-embeddings-and-output-weights=true")
 
 
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        (
+            "dtype=bf16",
+            "dtype=bf16: expected one of float32, float64, bfloat16, float16, float8; did you mean dtype=bfl",
+        ),
+        ("precision=bf16", "precision=bf16: expected one of float32, "),
+        ("precision=torch.half", "did you mean precision=float16?"),
+        ("dtype=floot32", "did you mean dtype=float32?"),
+        ("optimizer.name=Adam", "did you mean optimizer.name=adamw?"),
+        ("optimizer.schedule=cosin", "did you mean optimizer.schedule=cosine?"),
+    ],
+)
+def test_a_value_that_is_none_suggests_one(argument: str, message: str):
+    assert message in failure(argument)
+
+
+def test_a_file_is_told_the_key_and_a_switch_its_value(tmp_path):
+    text = "zero_optimization:\n  stage: 2\nbf16:\n  enabled: true\nfp16:\n  enabled: false\n"
+    message = failure(yaml_file(tmp_path, text))
+    assert "line 2: unknown key zero_optimization.stage; did you mean data.zero?" in message
+    assert "line 4: unknown key bf16.enabled; did you mean dtype=bfloat16?" in message
+    assert "line 6: unknown key fp16.enabled; did you mean dtype?" in message
+
+
 def test_far_away_keys_get_no_suggestion_and_files_get_the_line(tmp_path):
     assert failure("zzzz=1") == "unknown key zzzz; --help lists all keys"
     message = failure(yaml_file(tmp_path, "\noptim:\n  lr: 1"))
@@ -89,7 +132,12 @@ def test_far_away_keys_get_no_suggestion_and_files_get_the_line(tmp_path):
 def test_every_name_elsewhere_points_at_a_key_and_shadows_none():
     bare = {name.rpartition(".")[2] for name in keys()}
     for target, names in NAMES_ELSEWHERE.items():
-        assert target in keys() or re.fullmatch("mesh=(data|tensor|pipeline|context|expert)", target)
+        key, fixed, value = target.partition("=")
+        assert key in keys()
+        if key == "mesh":
+            assert re.fullmatch("data|tensor|pipeline|context|expert", value)
+        elif fixed:
+            load([target])
         shadowed = {alias.removesuffix("*") for alias in names.split()} & (bare | set(keys()))
         assert not shadowed
 
@@ -99,6 +147,8 @@ def test_every_name_elsewhere_points_at_a_key_and_shadows_none():
     [
         ("steps", "did you mean steps? write key=value"),
         ("--num-layers", "did you mean model.layers? write key=value"),
+        ("--use-distributed-optimizer", "did you mean data.zero=1? write key=value"),
+        ("--bf16", "did you mean dtype=bfloat16? write key=value"),
         ("4", "'4' is not of the form key=value; write key=value, as in model.layers=4"),
         ("=4", "write key=value"),
         ("run.yaml", "did you mean config=run.yaml?"),
