@@ -24,6 +24,8 @@ __all__ = ["allgather", "allreduce", "broadcast", "data_parallel", "init_mesh", 
 
 def __getattr__(name: str) -> Any:
     """The few names of everyday use, imported when they are used: `import parallax` alone brings no torch."""
+    if name == "__version__":
+        return importlib.import_module("parallax.version").version()
     if name in _EXPORTS:
         return getattr(importlib.import_module(f"parallax.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'parallax' has no attribute {name!r}")

@@ -143,8 +143,8 @@ def to_yaml(config: Config) -> str:
     return "\n".join(lines) + "\n" + text
 
 
-def help_text() -> str:
-    """Every key with its type, default and meaning, by section."""
+def help_text(defaults: Mapping[str, str] | None = None) -> str:
+    """Every key with its type, default and meaning, by section. defaults: what a program says of its own ones."""
     lines = ["usage: [config=FILE.yaml] [key=value ...] [--print-config] [--help]", ""]
     lines += [
         "Precedence: defaults < init_from's model < file < command line. A file may nest keys or write them dotted."
@@ -156,7 +156,7 @@ def help_text() -> str:
             lines += ["", f"{section}:" if section else "run:"]
         lines.append(f"  {name:<28} {known.help}")
         kind = "|".join((*schedule_names(), "auto")) if name == "pipeline.schedule" else kind_name(known.kind)
-        lines.append(f"  {'':<28} {kind}, default {_shown(known.default)}")
+        lines.append(f"  {'':<28} {kind}, default {(defaults or {}).get(name) or _shown(known.default)}")
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallax import checkpoint
 from parallax.checkpoint_command import run_checkpoint
 from parallax.config import Config
 from parallax.config_io import load
@@ -26,6 +25,8 @@ def run_verify_resume(argv: Sequence[str]) -> int:
     On mesh A every loss and norm after the restart and every tensor of the last checkpoint must be equal bit for bit; a
     restart on mesh B must agree to rounding. Raises ConfigError before anything is started.
     """
+    from parallax import checkpoint  # which brings torch
+
     meshes = [argument.partition("=")[2] for argument in argv if argument.startswith("mesh=")] or ["1x1x1"]
     steps = [argument.partition("=")[2] for argument in argv if argument.startswith("steps=")] or [str(DEFAULT_STEPS)]
     rest = [argument for argument in argv if not argument.startswith(("mesh=", "steps="))]

@@ -18,6 +18,7 @@ EVERYTHING = SOURCES + sorted((ROOT / "recipes").rglob("*.py")) + sorted((ROOT /
 RANK = {
     "errors": 0,
     "rng": 0,
+    "version": 0,
     "plain_files": 0,
     "plain_json": 0,
     "arguments": 1,

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
 
+import parallax
 from parallax import bench_command, cli
 from parallax import parity as parity_file
+from parallax import verify_resume as verify_file
 from parallax.assemble import DTYPES
 from parallax.errors import ConfigError
 from parallax.parity import Row, compare, run_parity
@@ -22,7 +29,9 @@ def test_usage_lists_every_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["party"], "did you mean parity?"),
+        (["party"], "there is no command party; did you mean parity?"),
+        (["--verison"], "there is no command --verison; did you mean --version?"),
+        (["xyz"], "there is no command xyz; there are check, checkpoint, parity, bench, verify-resume, schedule"),
         (["parity", "mesh=1x1x1"], "give two or more"),
         (["parity", "mesh=1x1x1", "mesh=1x1x1"], "not all different"),
         (["parity", "mesh=1x1x1", "mesh=1x2"], "mesh=1x2 has 2 sizes"),
@@ -36,7 +45,40 @@ def test_usage_lists_every_command(capsys):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments: list[str], message: str):
     assert cli.main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "more"),
+    [
+        ("parity", parity_file.DEFAULT_STEPS, "default none: give two or more"),
+        ("bench", bench_command.DEFAULT_STEPS, f"{bench_command.WARM_UP} steps to warm up"),
+        ("verify-resume", verify_file.DEFAULT_STEPS, "no output=, resume= or checkpoint.*"),
+        ("check", 200, "default 1x1x1"),
+    ],
+)
+def test_help_has_the_command_s_own_defaults(capsys, name: str, steps: int, more: str):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.partition("optimizer steps\n")[2].splitlines())
+    assert line.split() == ["integer,", "default", str(steps)] and more in text
+
+
+def test_bench_s_help_explains_every_column(capsys):
+    assert cli.main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    for column in ("step", "tokens/s", "GFLOP/s", "of products", "peak of a rank"):
+        assert f"\n  {column:<14}  " in text
+
+
+def test_the_version_is_that_of_pyproject(capsys):
+    wanted = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    assert parallax.__version__ == wanted
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"parallax {wanted}\n"
+    program = "import sys, parallax; sys.exit('importlib.metadata' in sys.modules)"
+    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=Path(cli.__file__).parents[1])
+    assert done.returncode == 0, "read when it is asked for"
 
 
 def test_check_shows_what_would_run_on_ranks_that_are_not_there(capsys):
