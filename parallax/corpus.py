@@ -79,8 +79,8 @@ class Corpus:
         for stream, part in ((self.train, "training"), (self.validation, "validation")):
             if len(stream) < sequence_length + 1:
                 raise ConfigError(
-                    f"corpus.source={self.source}: its {part} part has {len(stream)} tokens, corpus.sequence_length="
-                    f"{sequence_length} needs at least {sequence_length + 1}; give more text or shorter sequences"
+                    f"corpus.source={self.source}: its {part} part has {len(stream):,} tokens, corpus.sequence_length="
+                    f"{sequence_length} needs at least {sequence_length + 1:,}; give more text or shorter sequences"
                 )
         return self
 
@@ -144,6 +144,8 @@ def _find(source: str) -> tuple[Path, list[Path]]:
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
         root = Path(os.path.commonpath([p.parent for p in found])) if found else path.parent
     if not found:
+        if path.is_dir():
+            raise ConfigError(f"corpus.source={source}: the directory holds no file to read, hidden ones aside")
         raise ConfigError(f"corpus.source={source}: there is no such file, and no file matches; check the path")
     return root, found
 

@@ -86,6 +86,7 @@ def test_a_stream_reads_across_its_parts():
 
 
 def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
 
@@ -95,6 +96,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path):
     cases = [
         (tmp_path / "nothing-*.txt", 256, r"nothing-\*.txt: there is no such file"),
         (tmp_path / "missing", 256, "missing: there is no such file"),
+        (write(tmp_path / "hidden/.one", b"text").parent, 256, "hidden: the directory holds no file to read, hidden"),
         (write(tmp_path / "empty.txt", b""), 256, "empty.txt is empty"),
         (write(tmp_path / "latin.txt", b"caf\xe9"), 256, "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
         (good, 100, "model.vocab=100 is smaller than the 256 byte tokens"),
@@ -122,6 +124,11 @@ def test_too_short_is_an_error_with_the_numbers(texts: Path):
     assert corpus.require(200) is corpus
     with pytest.raises(ConfigError, match=r"validation part has 282 tokens, .*sequence_length=282 needs at least 283"):
         corpus.require(282)
+    with pytest.raises(ConfigError, match="sequence_length=4000000 needs at least 4,000,001"):
+        corpus.require(4_000_000)
+    many = TokenStream("s", (np.zeros(15_617, np.uint8),), 256)
+    with pytest.raises(ConfigError, match="its training part has 15,617 tokens, corpus.sequence_length=16000 needs"):
+        Corpus(many, many, "s", (1, 1)).require(16_000)
 
 
 def test_what_is_named_for_validation_is_not_trained_on(tmp_path: Path):
