@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from harness import asked, count, one_of, positive, text
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard
 
@@ -141,16 +142,24 @@ def rounds_of(mesh: Mesh, folder: Path, millions: float, rounds: int, warm: bool
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    millions, rounds = float(options.get("millions", "500")), int(options.get("rounds", "5"))
+    wish = asked(
+        {
+            "millions": ("500", positive),
+            "rounds": ("5", count),
+            "cache": ("cold", one_of("cold", "warm")),
+            "directory": ("/tmp", text),
+        },
+        sys.argv[1:],
+    )
+    millions, rounds = wish.millions, wish.rounds
     torch.set_num_threads(1)
     mesh = init_mesh(f"{int(os.environ.get('WORLD_SIZE', '1'))}x1x1", device_type="cpu")
-    folder = Path(options.get("directory", "/tmp")) / "parallax-benchmark-checkpoint"
+    folder = Path(wish.directory) / "parallax-benchmark-checkpoint"
     if mesh.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     barrier(mesh.world, mesh.device)
-    times = rounds_of(mesh, folder, millions, rounds, warm=options.get("cache") == "warm")
+    times = rounds_of(mesh, folder, millions, rounds, warm=wish.cache == "warm")
     if mesh.rank == 0:
         shutil.rmtree(folder)
         report(times, millions, mesh.shape.size)

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from harness import Team, machine
+from harness import Team, asked, count, listed, machine, one_of, text
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
 UNITS = {"K": 1 << 10, "M": 1 << 20}
@@ -178,16 +180,35 @@ def line(ranks: int, way: str, row: dict[str, Any]) -> str:
     return f"{text} {low:.3f} .. {high:.3f} |{verdict}"
 
 
-def run_ranks(ranks: int, way: str, options: dict[str, str]) -> list[str]:
-    device = options.get("device", "cpu")
-    if ranks < 2 or ranks % 2:
-        raise SystemExit(f"ranks={ranks} do not go in pairs; choose even numbers")
-    kinds = [kind for kind in options.get("only", ",".join(KINDS)).split(",") if kind != "send" or way != "memory"]
+def even(word: str) -> int:
+    if count(word) % 2:
+        raise ValueError(f"{word} ranks do not go in pairs; choose even numbers")
+    return count(word)
+
+
+def size_of(word: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*[KM]", word):
+        raise ValueError("expected sizes as in 64K,1M")
+    return word
+
+
+KEYS = {
+    "ranks": ("2,4,8", listed(even)),
+    "sizes": ("4K,64K,1M,16M,64M", listed(size_of)),
+    "rounds": ("15", count),
+    "only": (",".join(KINDS), listed(one_of(*KINDS))),
+    "way": ("memory,sockets", listed(one_of("memory", "sockets"))),
+    "device": ("cpu", one_of("cpu", "cuda")),
+    "append": (None, text),
+}
+
+
+def run_ranks(ranks: int, way: str, wish: SimpleNamespace) -> list[str]:
+    kinds = [kind for kind in wish.only if kind != "send" or way != "memory"]
     if not kinds:
         return []
     os.environ["PARALLAX_SHARED_MEMORY"] = str(int(way == "memory"))
-    sizes, rounds = options.get("sizes", "4K,64K,1M,16M,64M"), options.get("rounds", "15")
-    arguments = [str(ranks), ",".join(kinds), sizes, rounds, device]
+    arguments = [str(ranks), ",".join(kinds), ",".join(wish.sizes), str(wish.rounds), wish.device]
     team = Team(f"{ranks} ranks", ranks, arguments, Path(__file__).resolve())
     try:
         if team.error:
@@ -201,20 +222,20 @@ def run_ranks(ranks: int, way: str, options: dict[str, str]) -> list[str]:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    cuda = options.get("device", "cpu") == "cuda"
-    ways = ["nccl"] if cuda else options.get("way", "memory,sockets").split(",")
+    wish = asked(KEYS, sys.argv[1:])
+    cuda = wish.device == "cuda"
+    ways = ["nccl"] if cuda else wish.way
     said = [f"`python {' '.join(sys.argv)}`: {machine()}", ""]
     torchs = "NCCL" if cuda else "gloo"
     said += [f"| ranks | way | what | size | parallax ms | {torchs} ms | ratio | quartiles |", "|" + "---|" * 8]
     print("\n".join(said), flush=True)
-    for ranks in map(int, options.get("ranks", "2,4,8").split(",")):
+    for ranks in wish.ranks:
         for way in ways:
-            lines = run_ranks(ranks, way, options)
+            lines = run_ranks(ranks, way, wish)
             print("\n".join(lines), flush=True)
             said += lines
-    if "append" in options:
-        with open(options["append"], "a") as file:
+    if wish.append:
+        with open(wish.append, "a") as file:
             print("\n" + "\n".join(said), file=file)
 
 

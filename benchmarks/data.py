@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness import count, one_of, refuse
 from plain_gpt import PlainGPT
 from torch import Tensor, nn
 
 import parallax
 from parallax.comm import barrier
+from parallax.launch import entrypoint
 from parallax.mesh import Mesh
 
 SMALL = {"layers": 8, "hidden": 256, "heads": 8, "vocab": 512, "length": 256}
@@ -241,18 +243,35 @@ def say(mesh: Mesh, text: str) -> None:
         print(text, flush=True)
 
 
-def main() -> None:
+def wish_of(words: list[str], launched: bool) -> tuple[str, str]:
+    """What to measure, and of memory how many ranks, or, under torchrun, which row."""
+    what, *more = words or ["time"]
+    takes = {"time": [], "overlap": [], "memory": [one_of(*ROWS) if launched else count]}
+    if what not in takes:
+        refuse(f"{what} is none of {', '.join(takes)}")
+    if what == "memory" and not launched:
+        more = more or ["4"]
+    if len(more) != len(takes[what]):
+        row = f"the row, one of {', '.join(ROWS)}" if launched else "at most RANKS"
+        refuse(f"{' '.join(words)}: {what} takes {row if takes[what] else 'nothing more'}")
+    try:
+        return what, "".join(str(read(word)) for read, word in zip(takes[what], more, strict=True))
+    except ValueError as error:
+        refuse(f"{' '.join(words)}: {error}")
+
+
+def main(what: str, which: str) -> None:
     torch.set_num_threads(1)
-    what = sys.argv[1] if len(sys.argv) > 1 else "time"
     if what == "memory" and "WORLD_SIZE" not in os.environ:
-        return memory_table(int(sys.argv[2]) if len(sys.argv) > 2 else 4)
+        return memory_table(int(which))
     mesh = parallax.init_mesh(f"{os.environ.get('WORLD_SIZE', '1')}x1x1", device_type="cpu")
     say(mesh, f"torch {torch.__version__}, {mesh.data.size} ranks, load {os.getloadavg()[0]:.1f}")
     if what == "memory":
-        measure_memory(mesh, sys.argv[2])
+        measure_memory(mesh, which)
     else:
         {"time": measure_time, "overlap": measure_overlap}[what](mesh)
 
 
 if __name__ == "__main__":
-    main()
+    wish = wish_of(sys.argv[1:], "WORLD_SIZE" in os.environ)
+    entrypoint(lambda: main(*wish))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import machine
+from harness import asked, count, listed, machine, one_of, refuse, text
 from torch import Tensor
 from torch_native import Stage
 
@@ -137,21 +137,32 @@ def row(
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    device, dtype = torch.device(options.get("device", "cuda")), options.get("dtype", "bfloat16")
-    size, steps = int(options.get("batch", "8")), int(options.get("steps", "20"))
+    wish = asked(
+        {
+            "model": ("124M,350M,1.5B", listed(one_of(*MODELS))),
+            "steps": ("20", count),
+            "batch": ("8", count),
+            "dtype": ("bfloat16", one_of(*DTYPES)),
+            "device": ("cuda", one_of("cuda", "cpu")),
+            "append": (None, text),
+        },
+        sys.argv[1:],
+    )
+    if wish.device == "cuda" and not torch.cuda.is_available():
+        refuse("device=cuda: torch sees no GPU here; device=cpu model=tiny tries the script out")
+    device, dtype, size, steps = torch.device(wish.device), wish.dtype, wish.batch, wish.steps
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     said = [f"{name}, {dtype}, batch {size}; {machine()}", ""]
     said += ["| model | who | ms | tokens/s | MFU | first loss | peak GB |", "|" + "---|" * 7]
     print("\n".join(said), flush=True)
-    for model in options.get("model", "124M,350M,1.5B").split(","):
+    for model in wish.model:
         weights = Weights()
         for who, compiled in itertools.product(("parallax", "torch"), (False, True)):
             said.append(row(model, who, compiled, size, steps, dtype, device, weights))
             print(said[-1], flush=True)
             gc.collect()  # the next has the memory to itself
-    if "append" in options:
-        with open(options["append"], "a") as file:
+    if wish.append:
+        with open(wish.append, "a") as file:
             print("\n" + "\n".join(said), file=file)
 
 

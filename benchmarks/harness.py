@@ -7,20 +7,124 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
-__all__ = ["Row", "Team", "compare", "machine", "serve"]
+__all__ = [
+    "Row",
+    "Team",
+    "asked",
+    "compare",
+    "count",
+    "listed",
+    "machine",
+    "mesh",
+    "positive",
+    "one_of",
+    "refuse",
+    "serve",
+    "text",
+]
 
 HERE = Path(__file__).parent
 DISTURBED = 1.15
+
+
+def refuse(problem: str) -> NoReturn:
+    """End the program with one line and 2."""
+    from parallax.errors import ConfigError, report
+
+    report(ConfigError(problem))
+    raise SystemExit(2)
+
+
+def count(word: str) -> int:
+    if not word.isascii() or not word.isdigit() or int(word) < 1:
+        raise ValueError("expected an integer of at least 1")
+    return int(word)
+
+
+def positive(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError("expected a number above 0")
+    return value
+
+
+def text(word: str) -> str:
+    if not word:
+        raise ValueError("it is empty")
+    return word
+
+
+def mesh(word: str) -> str:
+    if not re.fullmatch("[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){2}", word):
+        raise ValueError("expected data x tensor x pipeline, as in 2x2x2")
+    return word
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    def read(word: str) -> str:
+        if word not in names:
+            raise ValueError(f"{word or 'nothing'} is none of {', '.join(names)}")
+        return word
+
+    return read
+
+
+def listed(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda words: [read(word) for word in words.split(",")]
+
+
+def asked(
+    known: Mapping[str, tuple[str | None, Callable[[str], Any]]], argv: Sequence[str], *, plus: bool = False
+) -> SimpleNamespace:
+    """What key=value arguments say: of each key its default and what reads it, None where it may be missing.
+
+    plus: `+KEY=VALUE` is a key of parallax, in `extra`. Anything else ends the program with one line and 2.
+    """
+    from parallax.arguments import close_to
+
+    found = {name: None if default is None else read(default) for name, (default, read) in known.items()}
+    extra: list[str] = []
+    keys = ", ".join(f"{name}=" for name in known)
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if plus and word.startswith("+") and equals:
+            extra.append(word[1:])
+        elif name not in known:
+            refuse(f"there is no argument {word}{close_to(name, known) or f'; there are {keys}'}")
+        else:
+            try:
+                found[name] = known[name][1](value)
+            except ValueError as error:
+                refuse(f"{word}: {error}")
+    _check_keys(extra)
+    return SimpleNamespace(**found, extra=extra)
+
+
+def _check_keys(extra: Sequence[str]) -> None:
+    """End the program where parallax has no such key, or the key no such value."""
+    from parallax.config import Config
+    from parallax.config_io import with_overrides
+    from parallax.errors import ConfigError
+
+    try:
+        with_overrides(Config(), dict(word.split("=", 1) for word in extra))
+    except ConfigError as error:
+        refuse(f"+{error}" if str(error).startswith(tuple(extra)) else str(error))
 
 
 def machine() -> str:

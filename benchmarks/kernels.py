@@ -77,12 +77,21 @@ def _views(op: Any) -> bool:
 
 def main() -> None:
     sys.path.insert(0, str(HERE.parent))
-    from harness import machine
+    from gpu import DTYPES, MODELS
+    from harness import asked, count, machine, one_of, text
 
     from tests.simulated.device import build, why_not
 
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    model, size, dtype = options.get("model", "124M"), int(options.get("batch", "8")), options.get("dtype", "bfloat16")
+    wish = asked(
+        {
+            "model": ("124M", one_of(*MODELS)),
+            "batch": ("8", count),
+            "dtype": ("bfloat16", one_of(*DTYPES)),
+            "append": (None, text),
+        },
+        sys.argv[1:],
+    )
+    model, size, dtype = wish.model, wish.batch, wish.dtype
     if reason := why_not():
         raise SystemExit(f"not counted: {reason}")
     said = [f"{model}, {dtype}, batch {size}; {machine()}", ""]
@@ -102,8 +111,8 @@ def main() -> None:
             most = ", ".join(f"{name} {bytes_ / 1e9:.2f} GB in {n}" for name, n, bytes_ in found["most"])
             print(f"{row}\n{who}: {most}", flush=True)
             said.append(row)
-    if "append" in options:
-        with open(options["append"], "a") as file:
+    if wish.append:
+        with open(wish.append, "a") as file:
             print("\n" + "\n".join(said), file=file)
 
 

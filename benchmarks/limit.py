@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, Team, compare, machine, serve
+from harness import Row, Team, asked, compare, count, listed, machine, serve
+from harness import mesh as mesh_of
 from training import GLOBAL_BATCH, MESHES, MICROBATCH, SHAPE, keys_of
 
 HERE = Path(__file__).resolve().parent
@@ -181,14 +182,14 @@ def measured(mesh: str, rounds: int, extra: list[str]) -> tuple[Row, Row]:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:] if not argument.startswith("+"))
-    extra = [argument[1:] for argument in sys.argv[1:] if argument.startswith("+")]
-    rounds = int(options.get("rounds", "5"))
+    known = {"mesh": (",".join(MESHES), listed(mesh_of)), "rounds": ("5", count)}
+    wish = asked(known, sys.argv[1:], plus=True)
+    rounds, extra = wish.rounds, wish.extra
     cores = os.cpu_count() or 1
     bandwidth, wire = memory_rate(cores), socket_rate()
     print(f"{machine()}\n{bandwidth / 1e9:.1f} GB/s of memory, {wire / 1e9:.1f} GB/s over loopback\n")
     print("| mesh | T ms | T* ms | T*/T | products | optimizer | sums | waiting | the rest |\n|" + "---|" * 9)
-    for mesh in options.get("mesh", ",".join(MESHES)).split(","):
+    for mesh in wish.mesh:
         step, products = measured(mesh, rounds, extra)
         more = bytes_of(mesh, bandwidth, wire)
         ranks = math.prod(map(int, mesh.split("x")))

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_peer import ENVIRONMENT
-from harness import Team, machine
-from training import DEEPSPEED, MESHES, USUAL, assembled, build_peer, candidates, missing, step_of
+from harness import Team, asked, machine
+from training import DEEPSPEED, KEYS, assembled, build_peer, candidates, missing, step_of
 
 STEPS = 3
 PARALLAX = ("parallax.assemble", "parallax.step", "parallax.config_io", "parallax.batches")
@@ -159,14 +159,13 @@ def rows(mesh: str, sequence_parallel: bool, peers: list[str], extra: list[str])
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:] if not argument.startswith("+"))
-    extra = [argument[1:] for argument in sys.argv[1:] if argument.startswith("+")]
-    peers, wish = options.get("peers", ",".join(USUAL)).split(","), options.get("sp", "both")
+    asked_for = asked(KEYS, sys.argv[1:], plus=True)
+    peers, wish, extra = asked_for.peers, asked_for.sp, asked_for.extra
     said = [f"`python {' '.join(sys.argv)}`: {machine()}", ""]
     said += ["| mesh | who | peak MB | step MB | predicted MB | peak | step | step MB of each rank |", "|" + "---|" * 8]
     print("\n".join(said), flush=True)
     own = [""]
-    for mesh in options.get("mesh", ",".join(MESHES)).split(","):
+    for mesh in asked_for.mesh:
         cut = int(mesh.split("x")[1]) > 1
         for sequence_parallel in (False, True) if cut and wish == "both" else (cut and wish == "true",):
             lines, line = rows(mesh, sequence_parallel, peers, extra)
@@ -174,8 +173,8 @@ def main() -> None:
             said += lines
             own.append(line)
     print("\n".join(own), flush=True)
-    if "append" in options:
-        with open(options["append"], "a") as file:
+    if asked_for.append:
+        with open(asked_for.append, "a") as file:
             print("\n" + "\n".join(said + own), file=file)
 
 

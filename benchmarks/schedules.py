@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from harness import asked, count, listed, one_of, positive
 from torch import Tensor, nn
 
 from parallax.comm import barrier, gather_json
@@ -58,7 +59,7 @@ class SleepingStage:
         self.seconds, self.last = seconds, last
         self.sink = GradSink()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.sink.buffers[self.weight] = torch.zeros(1)
+        self.sink.buffer_of = lambda weight: weight
 
     def __call__(self, x: Tensor | None, microbatch: Any, scale: float) -> Tensor:
         x = torch.zeros(ELEMENTS, requires_grad=True) if x is None else x
@@ -105,10 +106,16 @@ def measure(mesh: Mesh, table: Schedule, unit_s: float, rounds: int) -> dict[str
     return best | {"drawn": law.bubble, "drawn_inside": law.inner_bubble}
 
 
-def main() -> None:
-    options = {"unit_ms": "20", "rounds": "3", "per_rank": "2", "only": ",".join(SCHEDULES)}
-    options |= dict(argument.split("=") for argument in sys.argv[1:])
-    unit_s, rounds, per_rank = float(options["unit_ms"]) / 1e3, int(options["rounds"]), int(options["per_rank"])
+KEYS = {
+    "unit_ms": ("20", positive),
+    "rounds": ("3", count),
+    "per_rank": ("2", count),
+    "only": (",".join(SCHEDULES), listed(one_of(*SCHEDULES))),
+}
+
+
+def main(wish: SimpleNamespace) -> None:
+    unit_s, rounds, per_rank = wish.unit_ms / 1e3, wish.rounds, wish.per_rank
     world = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
     say = int(os.environ.get("RANK", "0")) == 0
@@ -120,7 +127,7 @@ def main() -> None:
             continue
         mesh = init_mesh(f"{world // num_ranks}x1x{num_ranks}", device_type="cpu")
         measure(mesh, SCHEDULES["gpipe"](num_ranks, num_ranks), 1e-3, 1)  # connections are made on first use
-        for name in options["only"].split(","):
+        for name in wish.only:
             table = SCHEDULES[name](num_ranks, per_rank * num_ranks)
             row = measure(mesh, table, unit_s, rounds)
             law, took = row["law"], row["makespan"]
@@ -131,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entrypoint(main)
+    wish = asked(KEYS, sys.argv[1:])
+    entrypoint(lambda: main(wish))

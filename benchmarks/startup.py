@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from harness import machine
+from harness import asked, count, machine
+from harness import mesh as mesh_of
 
 MARK = "milestone "
 
@@ -88,8 +89,8 @@ def launch(which: str, mesh: str) -> dict[str, float]:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    mesh, rounds = options.get("mesh", "2x2x2"), int(options.get("rounds", "5"))
+    said = asked({"mesh": ("2x2x2", mesh_of), "rounds": ("5", count)}, sys.argv[1:])
+    mesh, rounds = said.mesh, said.rounds
     found: dict[str, list[dict[str, float]]] = {"bare": [], "whole": []}
     for number in range(rounds):
         for which in ("bare", "whole") if number % 2 else ("whole", "bare"):

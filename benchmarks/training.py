@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Row, Team, compare, machine, serve
+from harness import Row, Team, asked, compare, count, listed, machine, one_of, serve, text
+from harness import mesh as mesh_of
 
 SHAPE = {"layers": 8, "hidden": 256, "heads": 8, "vocab": 512, "length": 256}
 GLOBAL_BATCH, MICROBATCH = 16, 2
@@ -33,6 +34,12 @@ DEEPSPEED = {f"deepspeed{level}": level for level in range(4)}
 ITSELF = {"parallax": [], "compiled": ["compile=true"], "bfloat16": ["dtype=bfloat16"]}
 PEERS = (*NATIVE, *MEGATRON, *DEEPSPEED, *list(ITSELF)[1:])
 USUAL = ("native", "replicate", "fsdp", "megatron", "deepspeed0")
+KEYS = {
+    "mesh": (",".join(MESHES), listed(mesh_of)),
+    "peers": (",".join(USUAL), listed(one_of(*PEERS))),
+    "sp": ("both", one_of("false", "true", "both")),
+    "append": (None, text),
+}
 
 
 def keys_of(mesh: str, sequence_parallel: bool, extra: list[str]) -> list[str]:
@@ -183,21 +190,19 @@ def table(mesh: str, sequence_parallel: bool, rows: list[Row]) -> list[str]:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:] if not argument.startswith("+"))
-    extra = [argument[1:] for argument in sys.argv[1:] if argument.startswith("+")]
-    rounds, peers = int(options.get("rounds", "7")), options.get("peers", ",".join(USUAL)).split(",")
-    wish = options.get("sp", "both")
+    asked_for = asked(KEYS | {"rounds": ("7", count)}, sys.argv[1:], plus=True)
+    rounds, peers, wish, extra = asked_for.rounds, asked_for.peers, asked_for.sp, asked_for.extra
     said = [f"`python {' '.join(sys.argv)}`: {machine()}", ""]
     said += ["| mesh | who | ms | CPU ms | peak MB | sent MB | time | CPU | memory | bytes |", "|" + "---|" * 10]
     print("\n".join(said), flush=True)
-    for mesh in options.get("mesh", ",".join(MESHES)).split(","):
+    for mesh in asked_for.mesh:
         cut = int(mesh.split("x")[1]) > 1
         for sequence_parallel in (False, True) if cut and wish == "both" else (cut and wish == "true",):
             lines = table(mesh, sequence_parallel, measure(mesh, sequence_parallel, peers, rounds, extra))
             print("\n".join(lines), flush=True)
             said += lines
-    if "append" in options:
-        with open(options["append"], "a") as file:
+    if asked_for.append:
+        with open(asked_for.append, "a") as file:
             print("\n" + "\n".join(said), file=file)
 
 
