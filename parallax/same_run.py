@@ -17,8 +17,8 @@ __all__ = ["refuse_another_run"]
 
 SAMPLES = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length", "corpus.validation_fraction")
 """What decides which samples a step sees."""
-OF_TRAINING = ("dropout", "init_std", "vocab_multiple")
-"""The keys under model that may differ: what they change is not what the weights compute."""
+FREE = ("dropout", "init_std", "vocab_multiple", "max_positions")
+"""The keys under model that may differ: they change nothing of what the weights compute, or their shapes tell."""
 STATE = ("optimizer.name", "optimizer.state_dtype")
 """What decides which moments there are, and of which dtype."""
 
@@ -36,7 +36,7 @@ def refuse_another_run(path: object, saved: Mapping[str, Any], config: Config, g
             f"{path} was saved by a run that saw other samples ({different}), so going on would repeat some and skip "
             "others; set these keys as they were"
         )
-    computes = [f"model.{key}" for key in now["model"] if key not in OF_TRAINING]
+    computes = [f"model.{key}" for key in now["model"] if key not in FREE]
     if different := _differences(_resolved(before), _resolved(now), computes):
         raise CheckpointError(
             f"{path} holds the weights of another model ({different}), which this one would misread; set these keys as "
