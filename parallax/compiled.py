@@ -30,7 +30,8 @@ def pick(function: Function, wish: bool) -> Function:
 def _compiled(function: Function) -> Function:
     import torch
 
-    return torch.compile(function)
+    # Each shape for itself: a step's do not change, and torch 2.13 fails to compile some functions once for all shapes.
+    return torch.compile(function, dynamic=False)
 
 
 def require_compiler(device_type: str) -> None:

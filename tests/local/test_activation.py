@@ -10,6 +10,7 @@ from parallax.compiled import require_compiler
 from parallax.errors import ConfigError
 from parallax.models import activation
 from parallax.models.activation import gelu, swiglu
+from parallax.models.attention import apply_rotary, rotary_table
 from parallax.models.transformer import MLP
 from tests.cases import VARIANTS, start, train, worst
 
@@ -139,6 +140,22 @@ def test_compiled_trains_the_same_model(variant: str):
     """In float64, to what the order of sums may change."""
     plain = train("1x1x1", VARIANTS[variant])
     assert worst(train("1x1x1", VARIANTS[variant] | {"compile": "true"}), plain) <= 1e-10
+
+
+def test_compiled_positions_of_any_shapes_in_one_process():
+    """As of models that are built after each other, and of a last batch that is smaller: each shape for itself, since
+    torch fails to compile this once for all shapes.
+    """
+    torch._dynamo.reset()
+    for length, heads, width in ((24, 6, 4), (24, 6, 8), (32, 12, 16), (7, 3, 10)):
+        table = rotary_table(length, width, 1e4, torch.device("cpu"), torch.float32)
+        x = torch.randn(2, length, 3 * heads, width, requires_grad=True)
+        found = []
+        for compiled in (True, False):
+            y = apply_rotary(x, table, 2 * heads, compiled)
+            found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        for mine, plain in zip(*found, strict=True):
+            torch.testing.assert_close(mine, plain)
 
 
 def test_no_compiler_is_one_error_with_the_fix(monkeypatch: pytest.MonkeyPatch):
