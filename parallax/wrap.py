@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from parallax.mesh import Mesh, cut_axis
 from parallax.params import collect
 from parallax.wrap_optimizer import Optimizer
 from parallax.wrap_rules import check_compression, check_module, check_output
+from parallax.wrap_watch import Unwrapped, check_free
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
 
@@ -87,6 +88,7 @@ class DataParallel(nn.Module):
         compression_ratio: float = 0.01,
     ) -> None:
         super().__init__()
+        check_free(module)
         check_module(module, mesh, zero, shard_size, gather)
         check_compression(compression, compression_rank, compression_ratio, zero)
         self.module, self.mesh, self.broadcast_buffers = module, mesh, broadcast_buffers
@@ -115,15 +117,15 @@ class DataParallel(nn.Module):
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
         if self.shards.size > 1:
-            cast = CASTS.get(compression)
-            self.sync = Zero(mesh, flats, {}, learns=False, reduce_dtype=cast, **cut)  # type: ignore[arg-type]
+            narrow = CASTS.get(compression)
+            self.sync = Zero(mesh, flats, {}, learns=False, reduce_dtype=narrow, **cut)  # type: ignore[arg-type]
         else:
             lossy = {"compression_rank": compression_rank, "compression_ratio": compression_ratio}
             self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
         self.lossy = compression in LOSSY
-        if self.flat.level == 3 and gather == "block":
-            for name, block in find_blocks(module):
-                block.register_forward_hook(partial(check_output, name))
+        looks = self.flat.level == 3 and gather == "block"
+        blocks_here = find_blocks(module) if looks else ()
+        self._handles = [block.register_forward_hook(partial(check_output, name)) for name, block in blocks_here]
         self._accumulating = self._joining = False
         self.active = True
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
@@ -194,12 +196,13 @@ class DataParallel(nn.Module):
             if parameter.requires_grad:
                 raise ConfigError(
                     f"{name} was frozen when the module was wrapped and is not now; nothing would train it: let all "
-                    "that trains require gradients, then wrap"
+                    "that trains require gradients, then wrap `model.unwrap()` again"
                 )
         dtype = self.flat.placed[0].parameter.dtype
         if dtype != self.flat.dtype:
             raise ConfigError(
-                f"the parameters were {self.flat.dtype} when wrapped and are {dtype} now; convert, then wrap"
+                f"the parameters were {self.flat.dtype} when wrapped and are {dtype} now; convert `model.unwrap()`, "
+                "then wrap it again"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -209,7 +212,7 @@ class DataParallel(nn.Module):
         if (after.dtype, after.device) != (before.dtype, before.device):
             raise ConfigError(
                 f"a wrapped module stays {before.dtype} on {before.device}, and this would make it {after.dtype} on "
-                f"{after.device}; convert or move the module, then wrap it"
+                f"{after.device}; convert or move `model.unwrap()`, then wrap it again"
             )
         return self
 
@@ -306,6 +309,23 @@ class DataParallel(nn.Module):
             yield
         finally:
             self.sync.reshard(0)
+
+    def unwrap(self) -> nn.Module:
+        """Give this wrap up, and return the module as one that was never wrapped: whole plain parameters, no hooks.
+
+        On every rank alike: at zero=3 it gathers. Gradients are dropped; neither this model nor its optimizer trains
+        any more.
+        """
+        if self._joining:
+            raise ConfigError("unwrap within join would leave the other ranks alone; unwrap after it")
+        self.sync.gather_all()
+        self.begin_step()
+        self.flat.give_back()
+        self.sync.remove()
+        for handle in self._handles:
+            handle.remove()
+        self.sync, self._frozen = cast(BucketSync, Unwrapped()), []
+        return self.module
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """The module's own state, whole and after a step the same on every rank, under the module's own names.

@@ -135,6 +135,13 @@ class FlatBuffers(FlatLayout):
             parameter.data = self._missing.expand(view.shape)
         self._values[self.buckets.index(bucket)].untyped_storage().resize_(0)
 
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Let the parameters, which are whole now, have memory of their own again; a second use shares the first's."""
+        for placed in self.placed:
+            first = placed.start < self.stop
+            placed.parameter.data = placed.parameter.clone() if first else self.first_use(placed).parameter.data
+
     def values_of(self, segment: Segment) -> Tensor:
         """The parameters of a segment."""
         return _cut(self.values, segment) if self.level < 3 else _cut_own(self._value_shards, segment)

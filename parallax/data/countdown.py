@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -11,7 +12,13 @@ from parallax.data.buckets import FlatBuffers
 from parallax.data.layout import Bucket, Placed
 from parallax.gradients import GradSink
 
-__all__ = ["Countdown"]
+__all__ = ["Countdown", "is_counted"]
+
+
+def is_counted(parameter: nn.Parameter) -> bool:
+    """Whether a Countdown counts its gradients: from then on they are its buffers', until `remove`."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}  # torch has no public way to ask
+    return any(isinstance(getattr(getattr(h, "func", None), "__self__", None), Countdown) for h in hooks.values())
 
 
 class Countdown:
@@ -45,20 +52,23 @@ class Countdown:
             places = {placed.parameter: placed for placed in flat.placed}
             sink.buffer_of = lambda parameter: flat.grad(places[parameter])
             sink.on_accumulated = self._accumulated
-        for placed in flat.placed:
-            placed.parameter.register_post_accumulate_grad_hook(self._by_autograd(placed))
+        self._handles = [
+            placed.parameter.register_post_accumulate_grad_hook(partial(self._by_autograd, placed))
+            for placed in flat.placed
+        ]
 
-    def _by_autograd(self, placed: Placed) -> Callable[[Tensor], None]:
+    def remove(self) -> None:
+        """Count no more: the parameters are anybody's."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _by_autograd(self, placed: Placed, parameter: Tensor) -> None:
         """For layers without a sink: autograd has put or added something into param.grad."""
-
-        def hook(parameter: Tensor) -> None:
-            grad = parameter.grad
-            if grad is None:  # a layer has told the sink; torch calls the hook all the same
-                return
-            self.flat.add_grad(placed, grad)
-            self._accumulated(placed.parameter)
-
-        return hook
+        grad = parameter.grad
+        if grad is None:  # a layer has told the sink; torch calls the hook all the same
+            return
+        self.flat.add_grad(placed, grad)
+        self._accumulated(placed.parameter)
 
     def arm(self) -> None:
         """The last backward comes next."""

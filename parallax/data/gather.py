@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from parallax.comm import Pending, all_gather_start
 from parallax.data.buckets import FlatBuffers
@@ -71,7 +72,8 @@ class Gather:
         bucket_of = {p.parameter: b for b in flat.early for p in b.placed}
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
-        model.register_forward_pre_hook(lambda module, args: self._begin(root))
+        self._handles: list[RemovableHandle] = []
+        self._handles.append(model.register_forward_pre_hook(lambda module, args: self._begin(root)))
         for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
@@ -79,15 +81,23 @@ class Gather:
 
     def _watch(self, block: nn.Module, buckets: list[Bucket]) -> None:
         if self.flat.level < 3:
-            block.register_forward_pre_hook(lambda module, args: self._wait(buckets))
+            self._handles.append(block.register_forward_pre_hook(lambda module, args: self._wait(buckets)))
             return
         (bucket,) = buckets
         if self.sink is not None:
             self.sink.through_autograd = True
-        block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket))
-        block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output))
+        self._handles += [
+            block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket)),
+            block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output)),
+        ]
         for placed in bucket.placed:
-            placed.parameter.register_post_accumulate_grad_hook(lambda p: self.accumulated(bucket, p))
+            hook = placed.parameter.register_post_accumulate_grad_hook(lambda p: self.accumulated(bucket, p))
+            self._handles.append(hook)
+
+    def remove(self) -> None:
+        """Take the hooks off: nothing is gathered any more."""
+        for handle in self._handles:
+            handle.remove()
 
     # --- the whole stage ------------------------------------------------------------------------
 

@@ -105,6 +105,11 @@ class BucketSync(ABC):
     def gather_all(self) -> None:  # noqa: B027
         """Have every parameter whole and up to date, for who reads them outside of a forward."""
 
+    def remove(self) -> None:
+        """Take its hooks off the parameters, and off the modules."""
+        for countdown in self._stages.values():
+            countdown.remove()
+
     def held(self) -> list[Tensor]:
         """What it keeps from step to step besides the buffers."""
         return []

@@ -99,3 +99,8 @@ class Zero(BucketSync):
     def gather_all(self) -> None:
         for gather in self._gathers.values():
             gather.gather_all()
+
+    def remove(self) -> None:
+        super().remove()
+        for gather in self._gathers.values():
+            gather.remove()
