@@ -34,7 +34,7 @@ from parallax.mesh import Mesh, cut_axis
 from parallax.params import collect
 from parallax.wrap_optimizer import Optimizer
 from parallax.wrap_rules import check_compression, check_module, check_output
-from parallax.wrap_watch import Unwrapped, check_free
+from parallax.wrap_watch import Unwrapped, Watch, check_free
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
 
@@ -63,9 +63,9 @@ class DataParallel(nn.Module):
     read as NaN, but for `with model.gathered():`. shard_size: cut over that many neighbours, copy across. no_decay:
     patterns of parameter names that weight decay leaves alone. All ranks begin with the parameters and buffers of the
     first data rank; with broadcast_buffers they have its buffers after every step, and before the first training
-    forward where no step was before it. A parameter without a gradient counts as zero; frozen ones stay whole and as
-    they are. compression: as data.compression, with its rank and ratio; what the lossy ones owe is in no state_dict,
-    and they want gradients of one scale: no GradScaler, no join.
+    forward where no step was before it. A parameter without a gradient counts as zero; frozen ones stay as they are,
+    and whole if they were frozen when wrapped. compression: as data.compression, with its rank and ratio; what the
+    lossy ones owe is in no state_dict, and they want gradients of one scale: no GradScaler, no join.
 
     Collectives: a broadcast of the state; a step's are those of Replicate, Zero or the compressor. Raises ConfigError
     for a mesh with a pipeline, for parameters of more than one dtype or device, and for a zero, shard_size or
@@ -112,7 +112,7 @@ class DataParallel(nn.Module):
             shards=self.shards,
             group_of=lambda name: blocks[names[name]],
         )
-        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        self._watch = Watch(module, self.flat)
         flats = {0: self.flat}
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
@@ -139,6 +139,7 @@ class DataParallel(nn.Module):
         self.sync.zero()
         self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
+        self.left_out: set[str] = set()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, those of `accumulate` too."""
@@ -159,6 +160,8 @@ class DataParallel(nn.Module):
             if self._joining:
                 self.agree(active=True)
             self._arm()
+        if self.flat.level == 3:  # the gathering would hide it
+            self._watch.check_memory()
         output = self.module(*args, **options)
         if trains:
             self._reduce_after_backward(output)
@@ -184,26 +187,12 @@ class DataParallel(nn.Module):
                 tensor.register_hook(begins)
 
     def _arm(self) -> None:
-        self._check_unchanged()
+        self._watch.check()
         self.sync.arm(0)
         self.armed = True
         if not self._buffers_sent:
             self.send_buffers()
         self._buffers_sent = False
-
-    def _check_unchanged(self) -> None:
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise ConfigError(
-                    f"{name} was frozen when the module was wrapped and is not now; nothing would train it: let all "
-                    "that trains require gradients, then wrap `model.unwrap()` again"
-                )
-        dtype = self.flat.placed[0].parameter.dtype
-        if dtype != self.flat.dtype:
-            raise ConfigError(
-                f"the parameters were {self.flat.dtype} when wrapped and are {dtype} now; convert `model.unwrap()`, "
-                "then wrap it again"
-            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What double(), to() and the like go through: the parameters lie in memory that must stay as it is."""
@@ -244,10 +233,15 @@ class DataParallel(nn.Module):
         if self._joining:  # only now is it known how many took part
             for segment in self.flat.segments:
                 self.flat.grads_of(segment).mul_(1.0 / self.num_active)
+        self.left_out = {placed.name for placed in self.flat.placed if self.flat.left_out(placed)}
         self.flat.show_grads()
         for show in self._when_reduced:
             show()
         self.reduced = True
+
+    def check_step(self) -> None:
+        """Before the optimizer's step: what it updates must be what the module computes with."""
+        self._watch.check()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         if self.flat.level and self.reduced:
@@ -304,6 +298,8 @@ class DataParallel(nn.Module):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it every parameter is whole and up to date on every rank; changes to them are lost."""
+        if self.flat.level == 3:
+            self._watch.check_memory()
         self.sync.gather_all()
         try:
             yield
@@ -318,13 +314,16 @@ class DataParallel(nn.Module):
         """
         if self._joining:
             raise ConfigError("unwrap within join would leave the other ranks alone; unwrap after it")
+        if self.flat.level == 3:
+            self._watch.check_memory()
         self.sync.gather_all()
         self.begin_step()
         self.flat.give_back()
         self.sync.remove()
         for handle in self._handles:
             handle.remove()
-        self.sync, self._frozen = cast(BucketSync, Unwrapped()), []
+        self.sync = cast(BucketSync, Unwrapped())
+        self._watch = cast(Watch, self.sync)
         return self.module
 
     def state_dict(self, *args: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from parallax.comm import all_reduce
 from parallax.errors import ConfigError
 from parallax.optimizers import FlatOptimizer
 from parallax.step import clip_gradients, global_loss_and_norm
+from parallax.wrap_left_out import LeftOut
 from parallax.wrap_rules import check_elementwise
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Optimizer(torch.optim.Optimizer):
             lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
         )
         self.inner = self._flat.inner
+        self._left_out = LeftOut(self._flat, model.flat)
         check_elementwise(type(self.inner))
         self._before_step: OrderedDict[int, Hook] = OrderedDict()
         self._after_step: OrderedDict[int, Hook] = OrderedDict()
@@ -100,7 +102,9 @@ class Optimizer(torch.optim.Optimizer):
                 self._clip(max_norm)
         for hook in self._before_step.values():
             hook(self, (), {})
-        self._flat.step()
+        self.model.check_step()
+        with self._left_out.kept(self.model.left_out):
+            self._flat.step()
         self.model.sync.publish()
         self.model.send_buffers()
         self.model.begin_step()

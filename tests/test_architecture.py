@@ -70,6 +70,7 @@ RANK = {
     "assemble": 13,
     "wrap_rules": 12.2,
     "wrap_watch": 12.3,
+    "wrap_left_out": 12.3,
     "wrap_optimizer": 12.5,
     "wrap": 13,
     "arrays": 13,

@@ -69,6 +69,7 @@ class FlatBuffers(FlatLayout):
         self.dtype, self.grad_dtype, self.device = example.dtype, grad_dtype, example.device
         self._bucket_of = {placed: bucket for bucket in self.buckets for placed in bucket.placed}
         self._own_values(fill or _keep(given))
+        self._places = [(placed, placed.parameter.data_ptr()) for placed in self.placed]
         del given
         self._own_grads()
         if self.device.type == "cpu":
@@ -134,6 +135,21 @@ class FlatBuffers(FlatLayout):
         for parameter, view in self._views[bucket]:
             parameter.data = self._missing.expand(view.shape)
         self._values[self.buckets.index(bucket)].untyped_storage().resize_(0)
+
+    def strays(self) -> list[Placed]:
+        """The parameters that lie elsewhere by now: `parameter.data = tensor` moves one, and no optimizer sees it."""
+        if self.level < 3:
+            return [placed for placed, at in self._places if placed.parameter.data_ptr() != at]
+        missing = self._missing.data_ptr()
+        views = {p: view for pairs in self._views.values() for p, view in pairs}
+        found = [placed for placed, _ in self._places if placed.parameter.data_ptr() != missing]
+        return [placed for placed in found if placed.parameter.data_ptr() != views[placed.parameter].data_ptr()]
+
+    @torch.no_grad()
+    def take_in(self, placed: Placed) -> None:
+        """Copy a stray parameter to where it belongs (levels 0 to 2; not a second use)."""
+        view = placed.of(self.values)
+        placed.parameter.data = view.copy_(placed.parameter)
 
     @torch.no_grad()
     def give_back(self) -> None:
@@ -206,9 +222,15 @@ class FlatBuffers(FlatLayout):
     def show_grads(self) -> None:
         """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
         for placed in self.placed if self.level == 0 else ():
+            if self.left_out(placed):
+                continue
             if not self._shows:
                 placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed).detach()  # an alias: its owner may give it other memory
+
+    def left_out(self, placed: Placed) -> bool:
+        """Whether it is frozen, and no backward of this step reached it: an optimizer of torch would pass it by."""
+        return not placed.parameter.requires_grad and placed in self._fresh
 
     def _touch(self, placed: Placed, view: Tensor) -> None:
         self._fresh.discard(placed)
