@@ -156,6 +156,8 @@ class DataParallel(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         trains = self.training and torch.is_grad_enabled() and not self._accumulating
+        if trains and self.reduced and self._dropped_by_hand():
+            self.drop_gradients()
         if trains and not self.armed:
             if self._joining:
                 self.agree(active=True)
@@ -166,6 +168,10 @@ class DataParallel(nn.Module):
         if trains:
             self._reduce_after_backward(output)
         return output
+
+    def _dropped_by_hand(self) -> bool:
+        """Whether a script has done `param.grad = None` for all instead of zero_grad."""
+        return self.flat.level == 0 and all(placed.parameter.grad is None for placed in self.flat.placed)
 
     def _reduce_after_backward(self, output: Any) -> None:
         """Have the gradients reduced when backward returns, as DDP does: scripts look at them, or clip them, there."""
@@ -215,7 +221,10 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """For every backward but the last before a step: gradients add up here, and nothing is sent."""
+        """For every backward but the last before a step: gradients add up, and nothing is sent.
+
+        They add up apart from param.grad, which shows none: to drop them is `model.zero_grad()`.
+        """
         self._accumulating = True
         try:
             yield
@@ -228,6 +237,7 @@ class DataParallel(nn.Module):
             return
         if not self.armed:
             self._arm()
+        self.flat.add_given()
         self.sync.reduce(0)
         self.sync.finish()
         if self._joining:  # only now is it known how many took part
@@ -239,8 +249,16 @@ class DataParallel(nn.Module):
             show()
         self.reduced = True
 
+    def take_grads(self) -> None:
+        """Once they are reduced: what a script has assigned to param.grad since is the gradient; None has none."""
+        if self.flat.level == 0:
+            self.left_out = {placed.name for placed in self.flat.take_shown()}
+        else:
+            self._watch.check_gradients()
+
     def check_step(self) -> None:
         """Before the optimizer's step: what it updates must be what the module computes with."""
+        self.take_grads()
         self._watch.check()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

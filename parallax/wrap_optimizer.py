@@ -79,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
         self.model.reduce()
+        self.model.take_grads()
         if self.model.joining:
             self._agree(max_norm)
         return self._clip(max_norm)

@@ -76,6 +76,16 @@ class Watch:
                 )
             self._flat.take_in(placed)
 
+    def check_gradients(self) -> None:
+        """Where the gradients are cut, a script's own are no part of them."""
+        for placed in self._flat.placed:
+            grad = placed.parameter.grad
+            if grad is not None and bool(grad.any()):
+                raise ConfigError(
+                    f"{placed.name}.grad was assigned after the gradients were reduced, of which with "
+                    f"zero={self._flat.level} a rank has a part alone; change gradients with zero=0"
+                )
+
 
 class Unwrapped:
     """In place of the BucketSync, and of the Watch, of a model that was unwrapped."""

@@ -219,6 +219,25 @@ class FlatBuffers(FlatLayout):
         self._fresh.discard(placed)
         placed.parameter.grad = None
 
+    def add_given(self) -> None:
+        """Add what a script has put into param.grad of a parameter that no backward reached."""
+        for placed in tuple(self._fresh):
+            if placed.parameter.grad is not None:
+                self.add_grad(placed, placed.parameter.grad)
+
+    @torch.no_grad()
+    def take_shown(self) -> list[Placed]:
+        """Have in the buffer what a script has assigned to param.grad since it was shown; returns those with None."""
+        dropped = []
+        for placed in self.placed:
+            grad, view = placed.parameter.grad, self._memory(placed)
+            if grad is None:
+                view.zero_()
+                dropped.append(placed)
+            elif grad.data_ptr() != view.data_ptr():
+                placed.parameter.grad = view.copy_(grad).detach()
+        return dropped
+
     def show_grads(self) -> None:
         """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
         for placed in self.placed if self.level == 0 else ():

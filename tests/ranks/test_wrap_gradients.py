@@ -1,0 +1,106 @@
+"""What a script does to gradients between backward and step, and when they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parallax
+from parallax.errors import ConfigError
+from parallax.mesh import init_mesh
+from tests.ranks.test_wrap_join import batch, net
+
+Body = Callable[[Any, Any, Tensor, int], None]
+
+
+def plain(body: Body, kind: Any, options: dict[str, Any], steps: int) -> dict[str, Tensor]:
+    """One process that sees both ranks' batches."""
+    module = net()
+    optimizer = kind(module.parameters(), **options)
+    for step in range(steps):
+        body(module, optimizer, torch.cat([batch(rank, step) for rank in range(2)]), step)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def wrapped(body: Body, kind: Any, options: dict[str, Any], steps: int, zero: int = 0) -> Any:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh, zero=zero, bucket_bytes=100)
+    optimizer = parallax.optimizer(model, kind, **options)
+    try:
+        for step in range(steps):
+            body(model, optimizer, batch(mesh.rank, step), step)
+    except (ConfigError, RuntimeError) as error:
+        return str(error)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(found: Any, expected: dict[str, Tensor]) -> None:
+    assert isinstance(found, dict), found
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def assigns(model: Any, optimizer: Any, x: Tensor, step: int) -> None:
+    """Masks, gradient surgery, a gradient that is dropped, as in DINO; then a clip."""
+    model(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("0.weight"):
+            parameter.grad = parameter.grad * 0.5
+        elif name.endswith("0.bias"):
+            parameter.grad.data = parameter.grad.data.clamp(min=0.0)
+        elif name.endswith("3.weight") and step < 2:
+            parameter.grad = None
+    if hasattr(optimizer, "clip_grad_norm_") and step % 2:
+        optimizer.clip_grad_norm_(0.05)
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def by_hand(model: Any, optimizer: Any, x: Tensor, step: int) -> None:
+    """A step that is skipped, its gradients dropped without zero_grad."""
+    model(x).square().mean().backward()
+    if step != 1:
+        optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def own(model: Any, optimizer: Any, x: Tensor, step: int) -> None:
+    """A gradient that the script computes itself, before the backward."""
+    module = getattr(model, "module", model)
+    module[0].bias.requires_grad_(False)
+    module[0].bias.grad = torch.full((6,), float(x.detach().mean()), dtype=torch.float64)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1})
+
+
+@pytest.mark.parametrize("body", [assigns, by_hand, own])
+def test_the_step_takes_what_the_script_left_in_grad(ranks, body: Body):
+    expected = plain(body, *SGD, 4)
+    for found in ranks(2, wrapped, body, *SGD, 4, timeout_s=60):
+        same(found, expected)
+
+
+def assigns_where_cut(model: Any, optimizer: Any, x: Tensor, step: int) -> None:
+    model(x).square().mean().backward()
+    module = model.module
+    module[3].weight.grad = torch.zeros(2, 6, dtype=torch.float64)
+    optimizer.clip_grad_norm_(1.0)
+    module[0].weight.grad = torch.ones(6, 4, dtype=torch.float64)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_gradient_is_not_assigned_where_ranks_have_parts(ranks, zero: int):
+    first, second = ranks(2, wrapped, assigns_where_cut, *SGD, 1, zero, timeout_s=60)
+    assert first == second and "0.weight.grad was assigned" in first and "with zero=0" in first
