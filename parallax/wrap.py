@@ -10,7 +10,6 @@ Then the script goes on as before: forward, loss.backward(), optimizer.step(). G
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from parallax.comm import all_reduce, broadcast
 from parallax.config_fields import LOSSY
@@ -32,6 +30,7 @@ from parallax.data.zero import Zero
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh, cut_axis
 from parallax.params import collect
+from parallax.wrap_backward import AfterBackward
 from parallax.wrap_optimizer import Optimizer
 from parallax.wrap_rules import check_compression, check_module, check_output
 from parallax.wrap_watch import Unwrapped, Watch, check_free
@@ -126,9 +125,9 @@ class DataParallel(nn.Module):
         looks = self.flat.level == 3 and gather == "block"
         blocks_here = find_blocks(module) if looks else ()
         self._handles = [block.register_forward_hook(partial(check_output, name)) for name, block in blocks_here]
-        self._accumulating = self._joining = False
-        self.active = True
+        self.active, self._accumulating, self._joining = True, False, False
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
+        self.after_backward = AfterBackward(self)
         self._when_loaded: list[Callable[[], None]] = []
         self._when_reduced: list[Callable[[], None]] = []
         self.begin_step()
@@ -139,6 +138,7 @@ class DataParallel(nn.Module):
         self.sync.zero()
         self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
+        self.after_backward.reset()
         self.left_out: set[str] = set()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -166,31 +166,12 @@ class DataParallel(nn.Module):
             self._watch.check_memory()
         output = self.module(*args, **options)
         if trains:
-            self._reduce_after_backward(output)
+            self.after_backward.watch(output)
         return output
 
     def _dropped_by_hand(self) -> bool:
         """Whether a script has done `param.grad = None` for all instead of zero_grad."""
         return self.flat.level == 0 and all(placed.parameter.grad is None for placed in self.flat.placed)
-
-    def _reduce_after_backward(self, output: Any) -> None:
-        """Have the gradients reduced when backward returns, as DDP does: scripts look at them, or clip them, there."""
-        queued: list[bool] = []
-
-        def begins(grad: Tensor) -> None:
-            if self.reduced:
-                raise RuntimeError(
-                    "a second backward before the optimizer's step, after the gradients were reduced; all backwards "
-                    "but the last belong, with their forward, into `with model.accumulate():`"
-                )
-            if not queued:
-                queued.append(True)
-                # torch has no public way to be called when a backward ends; its own FSDP takes this one.
-                torch.autograd.Variable._execution_engine.queue_callback(self.reduce)
-
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(begins)
 
     def _arm(self) -> None:
         self._watch.check()
@@ -225,11 +206,16 @@ class DataParallel(nn.Module):
 
         They add up apart from param.grad, which shows none: to drop them is `model.zero_grad()`.
         """
-        self._accumulating = True
+        before, self._accumulating = self._accumulating, True
+        waits = self.armed and not self.reduced  # a forward has begun the step; its backward is still to come
+        if waits:
+            self.sync.disarm(0)
         try:
             yield
         finally:
-            self._accumulating = False
+            self._accumulating = before
+            if waits and not before:
+                self.sync.arm(0)
 
     def reduce(self) -> None:
         """Return when this rank's gradients are the mean over the ranks that took part. Once a step."""
@@ -262,13 +248,12 @@ class DataParallel(nn.Module):
         self._watch.check()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        if self.flat.level and self.reduced:
-            warnings.warn(
-                f"param.grad is None with zero={self.flat.level}, where a rank has a part of the gradients: clip with "
-                "optimizer.clip_grad_norm_(max_norm), torch's own would clip nothing",
-                stacklevel=2,
-            )
-        return super().parameters(recurse)
+        self.after_backward.warn()
+        return (parameter for _, parameter in super().named_parameters(recurse=recurse))
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self.after_backward.warn()
+        return super().named_parameters(*args, **options)
 
     # --- ranks with fewer batches ---------------------------------------------------------------
 
@@ -296,6 +281,10 @@ class DataParallel(nn.Module):
         finally:
             self._joining, self.active, self.num_active, self._source = False, True, self.mesh.grad.size, 0
         self.begin_step()
+
+    @property
+    def accumulating(self) -> bool:
+        return self._accumulating
 
     @property
     def joining(self) -> bool:

@@ -97,7 +97,7 @@ class Optimizer(torch.optim.Optimizer):
         """Reduce what is left, update, let every rank have the new parameters, and begin with zero gradients."""
         if closure is not None:
             raise ConfigError("an optimizer over data ranks takes no closure; call backward before step")
-        self.model.reduce()
+        self.model.after_backward.reduce_late()
         if self.model.joining:
             while (max_norm := self._agree()) is not None:  # a rank without batches clips when the others do
                 self._clip(max_norm)

@@ -69,6 +69,7 @@ RANK = {
     "step": 12,
     "assemble": 13,
     "wrap_rules": 12.2,
+    "wrap_backward": 12.3,
     "wrap_watch": 12.3,
     "wrap_left_out": 12.3,
     "wrap_optimizer": 12.5,

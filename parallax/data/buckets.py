@@ -247,6 +247,11 @@ class FlatBuffers(FlatLayout):
                 placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed).detach()  # an alias: its owner may give it other memory
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no gradient has come in this step."""
+        return len(self._fresh) == len(self.placed)
+
     def left_out(self, placed: Placed) -> bool:
         """Whether it is frozen, and no backward of this step reached it: an optimizer of torch would pass it by."""
         return not placed.parameter.requires_grad and placed in self._fresh

@@ -48,6 +48,7 @@ class Countdown:
         self._left: Counter[Bucket] = Counter()
         self._armed = False
         self._next = 0
+        self.before_gradient: Callable[[], None] | None = None
         if sink is not None:
             places = {placed.parameter: placed for placed in flat.placed}
             sink.buffer_of = lambda parameter: flat.grad(places[parameter])
@@ -67,8 +68,14 @@ class Countdown:
         grad = parameter.grad
         if grad is None:  # a layer has told the sink; torch calls the hook all the same
             return
+        if self.before_gradient is not None:
+            self.before_gradient()
         self.flat.add_grad(placed, grad)
         self._accumulated(placed.parameter)
+
+    def disarm(self) -> None:
+        """Not yet: another backward comes first. Nothing must have been launched since `arm`."""
+        self._armed = False
 
     def arm(self) -> None:
         """The last backward comes next."""

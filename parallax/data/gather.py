@@ -151,7 +151,7 @@ class Gather:
     def _after_forward(self, bucket: Bucket, output: Any) -> None:
         self._running.discard(bucket)
         for tensor in pytree.tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:  # a leaf would keep the hook for good
                 tensor.register_hook(lambda grad: self._before_backward(bucket))
 
     def _before_backward(self, bucket: Bucket) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -116,6 +116,15 @@ class BucketSync(ABC):
 
     def arm(self, stage: int) -> None:
         self._stages[stage].arm()
+
+    def disarm(self, stage: int) -> None:
+        """Take `arm` back, before any gradient has come."""
+        self._stages[stage].disarm()
+
+    def when_gradient(self, call: Callable[[], None]) -> None:
+        """Have something called before each gradient that autograd gives a parameter is taken."""
+        for countdown in self._stages.values():
+            countdown.before_gradient = call
 
     def reduce(self, stage: int) -> None:
         self._stages[stage].launch_rest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -104,3 +107,126 @@ def assigns_where_cut(model: Any, optimizer: Any, x: Tensor, step: int) -> None:
 def test_a_gradient_is_not_assigned_where_ranks_have_parts(ranks, zero: int):
     first, second = ranks(2, wrapped, assigns_where_cut, *SGD, 1, zero, timeout_s=60)
     assert first == second and "0.weight.grad was assigned" in first and "with zero=0" in first
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+
+
+class Odd(nn.Module):
+    """What torch's pytree cannot open, a loss that is no forward, a parameter that is returned."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net(), how
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.net(x)
+        return Answer(y) if self.how == "dataclass" else (y, self.net[0].weight) if self.how == "leaf" else y
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.net(x).square().mean()
+
+
+def trained(how: str, model: Any, optimizer: Any, rank: int | None) -> tuple[dict[str, Tensor], int]:
+    """Three steps that torch clips, whichever way the backward takes. On both ranks' batches where rank is None."""
+    module: Odd = getattr(model, "module", model)
+    apart = model.accumulate if rank is not None else contextlib.nullcontext
+    for step in range(3):
+        x = torch.cat([batch(part, step) for part in ([rank] if rank is not None else [0, 1])])
+        model.train(how != "eval")
+        if how == "method":
+            module.loss(x).backward()
+        elif how == "retain":
+            with apart():
+                y = model(x)
+                y.square().mean().backward(retain_graph=True)
+            y.abs().mean().backward()
+        elif how == "unused":
+            model(x)
+            with apart():
+                model(2 * x).square().mean().backward()
+            model(x).square().mean().backward()
+        elif how == "late":
+            y = model(x)
+            with apart():
+                model(2 * x).square().mean().backward()
+            y.square().mean().backward()
+        elif how == "of inputs":
+            x.requires_grad_()
+            (slope,) = torch.autograd.grad(model(x).square().mean(), x)
+            model(x.detach() + 0.1 * slope.sign()).square().mean().backward()
+        elif how == "leaf":
+            model(x)
+            with apart():
+                y, weight = model(x)
+                (y.square().mean() + weight.square().mean()).backward()
+            y, weight = model(x)
+            (y.square().mean() + weight.square().mean()).backward()
+        else:
+            y = model(x)
+            (y.logits if how == "dataclass" else y).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    hooks = len(module.net[0].weight._backward_hooks or ())
+    return {name: value.clone() for name, value in model.state_dict().items()}, hooks
+
+
+def trained_on_ranks(how: str) -> tuple[dict[str, Tensor], int]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(Odd(how), mesh, bucket_bytes=100)
+    return trained(how, model, parallax.optimizer(model, torch.optim.SGD, lr=0.1), mesh.rank)
+
+
+WAYS = ["forward", "eval", "dataclass", "method", "retain", "unused", "late", "of inputs", "leaf"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_gradients_are_reduced_when_backward_returns(ranks, how: str):
+    module = Odd(how)
+    expected, _ = trained(how, module, torch.optim.SGD(module.parameters(), lr=0.1), None)
+    for found, hooks in ranks(2, trained_on_ranks, how, timeout_s=60):
+        same(found, expected)
+        assert hooks == 0, "no hook stays on a parameter that a forward returns"
+
+
+def one_rank_without(how: str) -> str:
+    """The last rank's loss does not depend on the model."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    y = model(batch(mesh.rank, 0))
+    loss = torch.zeros((), requires_grad=True) if mesh.rank else y.square().mean()
+    loss.backward()
+    if how == "synchronize":
+        optimizer.synchronize()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return str([float(p.detach().norm()) for p in model.parameters()])
+
+
+def test_a_rank_without_gradients_steps_behind_no_clip(ranks):
+    first, second = ranks(2, one_rank_without, "step", timeout_s=60)
+    assert "no gradient reached" in second and "optimizer.synchronize()" in second and "[" in first
+    first, second = ranks(2, one_rank_without, "synchronize", timeout_s=60)
+    assert first == second and "[" in first
+
+
+def test_who_looks_at_gradients_that_add_up_is_told():
+    model = parallax.data_parallel(net(), init_mesh("1x1x1", device_type="cpu"))
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    with model.accumulate():
+        model(batch(0, 0)).square().mean().backward()
+    with pytest.warns(UserWarning, match="while gradients add up"):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    with pytest.warns(UserWarning, match="while gradients add up"):
+        dict(model.named_parameters())
+    optimizer.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(model.parameters())
