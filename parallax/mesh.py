@@ -154,7 +154,7 @@ class Axis:
 
     `group` is None exactly when size is 1; collectives are then the identity. `ranks` are global.
     `traffic` counts the bytes that comm.py sent for this axis, by kind of collective. `board`: memory that the ranks
-    share, where they are on one machine's CPUs.
+    share, where they are on one machine's CPUs. `joined`: the models that follow uneven batches over it (wrap.py).
     """
 
     name: str
@@ -164,6 +164,7 @@ class Axis:
     backend: str = ""
     traffic: Counter[str] = field(default_factory=Counter)
     board: Board | None = None
+    joined: list[Any] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -159,9 +159,7 @@ class DataParallel(nn.Module):
         if trains and self.reduced and self._dropped_by_hand():
             self.drop_gradients()
         if trains and not self.armed:
-            if self._joining:
-                self.agree(active=True)
-            self._arm()
+            self._begin()
         if self.flat.level == 3:  # the gathering would hide it
             self._watch.check_memory()
         output = self.module(*args, **options)
@@ -172,6 +170,11 @@ class DataParallel(nn.Module):
     def _dropped_by_hand(self) -> bool:
         """Whether a script has done `param.grad = None` for all instead of zero_grad."""
         return self.flat.level == 0 and all(placed.parameter.grad is None for placed in self.flat.placed)
+
+    def _begin(self) -> None:
+        if self._joining:
+            self.agree(active=True)
+        self._arm()
 
     def _arm(self) -> None:
         self._watch.check()
@@ -222,7 +225,7 @@ class DataParallel(nn.Module):
         if self.reduced:
             return
         if not self.armed:
-            self._arm()
+            self._begin()
         self.flat.add_given()
         self.sync.reduce(0)
         self.sync.finish()
@@ -233,6 +236,8 @@ class DataParallel(nn.Module):
         self.flat.show_grads()
         for show in self._when_reduced:
             show()
+        self._left_at_first = self.left_out
+        self.note_grads()
         self.reduced = True
 
     def take_grads(self) -> None:
@@ -262,9 +267,16 @@ class DataParallel(nn.Module):
         """Around a loop in which ranks may have different numbers of batches: a rank that is done takes part in the
         others' steps, with no gradient of its own, until all are done. Not for zero=3.
 
-        The mean is over the ranks that still have batches; what one of them clips, all do. Sends 8 bytes a step for
-        each rank, and 16 and 8 for each parameter group at the step and at each clip.
+        The mean is over the ranks that still have batches; what one of them clips, all do, and at zero=0 what its
+        script does to gradients. Sends 8 bytes a step for each rank, 24 and 8 for each parameter group at the step and
+        at each clip, and the gradients once more where a script changed them and a rank is done. One join at a time.
         """
+        joined = self.mesh.grad.joined
+        if joined:
+            raise ConfigError(
+                "a join over these ranks is under way, and a rank that is done can follow the steps of one model "
+                "alone: wrap one module that holds both, or give every rank as many batches"
+            )
         if self.flat.level == 3:
             raise ConfigError(
                 "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
@@ -272,6 +284,7 @@ class DataParallel(nn.Module):
         if self.lossy:
             raise ConfigError("join weighs gradients anew, not what compression owes; leave out one of the two")
         self._joining = True
+        joined.append(self)
         self.begin_step()
         try:
             yield
@@ -279,6 +292,7 @@ class DataParallel(nn.Module):
                 self._arm()
                 optimizer.step()
         finally:
+            joined.clear()
             self._joining, self.active, self.num_active, self._source = False, True, self.mesh.grad.size, 0
         self.begin_step()
 
@@ -299,6 +313,24 @@ class DataParallel(nn.Module):
         self.num_active = sum(found)
         self._source = found.index(1) if self.num_active else 0
         return self.num_active
+
+    def note_grads(self) -> None:
+        """The gradients are the same on every rank now."""
+        self._version = self.flat.grads._version
+
+    def changes(self) -> int:
+        """What a script has done to whole gradients: 0 nothing, 1 changed some, 2 set some to None."""
+        if self.flat.level:
+            return 0
+        return 2 if self.left_out != self._left_at_first else int(self.flat.grads._version != self._version)
+
+    def follow_changes(self, changes: float) -> None:
+        """Have a rank without batches use the gradients that the others changed. changes: the most of any rank."""
+        if changes == 2:
+            raise ConfigError("join cannot leave out a parameter whose grad is set to None; multiply it by 0 instead")
+        if changes and self.num_active < self.mesh.grad.size:
+            broadcast(self.flat.grads, self.mesh.grad, self._source)
+        self.note_grads()
 
     # --- whole parameters -----------------------------------------------------------------------
 

@@ -79,9 +79,10 @@ class Optimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scale the mean gradients so that their norm over the whole model is at most max_norm; returns the norm."""
         self.model.reduce()
-        self.model.take_grads()
         if self.model.joining:
             self._agree(max_norm)
+        else:
+            self.model.take_grads()
         return self._clip(max_norm)
 
     def _clip(self, max_norm: float) -> float:
@@ -90,6 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
         _, norm, _ = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
         clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
+        model.note_grads()
         return norm
 
     @torch.no_grad()
@@ -132,12 +134,14 @@ class Optimizer(torch.optim.Optimizer):
 
         A rank that has run out of batches has no scheduler that goes on: it takes the others' learning rates.
         """
-        mine = [0.0 if max_norm is None else 1.0, max_norm or 0.0]
+        self.model.take_grads()
+        mine = [0.0 if max_norm is None else 1.0, max_norm or 0.0, float(self.model.changes())]
         mine += [group["lr"] if self.model.active else float("-inf") for group in self.param_groups]
         agreed = torch.tensor(mine, dtype=torch.float64, device=self.model.mesh.device)
-        clips, norm, *rates = all_reduce(agreed, self.model.mesh.grad, "max").tolist()
+        clips, norm, changes, *rates = all_reduce(agreed, self.model.mesh.grad, "max").tolist()
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate
+        self.model.follow_changes(changes)
         return norm if clips else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import parallax
+from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
 
 
@@ -88,3 +91,71 @@ def test_one_rank_may_save_below_level_3(ranks, zero: int):
     saved, after = ranks(2, saved_by_one, zero, timeout_s=60)
     assert int(saved["1.num_batches_tracked"]) == 2
     assert int(after["1.num_batches_tracked"]) == 3
+
+
+def uneven(how: str) -> Any:
+    """Rank r has 1 + 2r batches; the script itself changes gradients, without a word to the optimizer."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    if how == "eval":
+        model.eval()
+    try:
+        with model.join(optimizer):
+            for step in range(1 + 2 * mesh.rank):
+                model(batch(mesh.rank, step)).square().mean().backward()
+                changed(how, model, optimizer)
+                optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return model.state_dict()
+
+
+def changed(how: str, model: Any, optimizer: Any) -> None:
+    if how == "dropped":
+        model.module[0].weight.grad = None
+        return
+    if how == "assigned":
+        model.module[0].weight.grad = model.module[0].weight.grad * 0.1
+        if not isinstance(optimizer, torch.optim.SGD):
+            optimizer.clip_grad_norm_(0.02)
+            return
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01 if how != "assigned" else 0.02)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = net()
+
+
+@pytest.mark.parametrize("how", ["clipped", "assigned", "eval"])
+def test_a_rank_without_batches_follows_what_a_script_does_to_gradients(ranks, how: str):
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        here = [0, 1] if step == 0 else [1]
+        for rank in here:
+            (model.module(batch(rank, step)).square().mean() / len(here)).backward()
+        changed(how, model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in ranks(2, uneven, how, timeout_s=60):
+        for name, values in model.module.state_dict().items():
+            torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_gradient_that_is_none_cannot_be_followed(ranks):
+    first, second = ranks(2, uneven, "dropped", timeout_s=60)
+    assert first == second and "set to None" in first
+
+
+def test_one_join_at_a_time():
+    mesh = init_mesh("1x1x1", device_type="cpu")
+    first, second = (parallax.data_parallel(net(), mesh) for _ in range(2))
+    optimizers = [parallax.optimizer(model, torch.optim.SGD, lr=0.1) for model in (first, second)]
+    under_way = pytest.raises(ConfigError, match="a join over these ranks is under way")
+    with first.join(optimizers[0]), under_way, second.join(optimizers[1]):
+        pass
+    with second.join(optimizers[1]):
+        pass
