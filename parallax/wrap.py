@@ -232,7 +232,7 @@ class DataParallel(nn.Module):
         if self._joining:  # only now is it known how many took part
             for segment in self.flat.segments:
                 self.flat.grads_of(segment).mul_(1.0 / self.num_active)
-        self.left_out = {placed.name for placed in self.flat.placed if self.flat.left_out(placed)}
+        self.left_out = {placed.name for placed in self.flat.left_out()}
         self.flat.show_grads()
         for show in self._when_reduced:
             show()
@@ -250,7 +250,7 @@ class DataParallel(nn.Module):
     def check_step(self) -> None:
         """Before the optimizer's step: what it updates must be what the module computes with."""
         self.take_grads()
-        self._watch.check()
+        self._watch.check_memory()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         self.after_backward.warn()

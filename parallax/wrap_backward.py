@@ -43,8 +43,9 @@ class AfterBackward:
                     tensor.register_hook(self._begins)
 
     def _gives(self) -> None:
-        self._begins()
-        self._given = True
+        if not (self._queued and self._given):
+            self._begins()
+            self._given = True
 
     def _begins(self, grad: Tensor | None = None) -> None:
         if self._model.reduced:

@@ -178,6 +178,7 @@ class FlatBuffers(FlatLayout):
         self._grad_shards = zeros(self.own_size if self.level >= 2 else 0)
         self._grad_views: dict[Placed, Tensor] = {}
         self._lent: dict[Bucket, Tensor] = {}
+        self._shown: list[tuple[Placed, int]] = []
         self._fresh: set[Placed] = set()  # no gradient yet in this step: the memory holds the last one's
         self.grad_scale = 1.0
         # From level 1 on a rank has the sum of a part alone: the rest of the buffer must not pass for a gradient.
@@ -229,32 +230,35 @@ class FlatBuffers(FlatLayout):
     def take_shown(self) -> list[Placed]:
         """Have in the buffer what a script has assigned to param.grad since it was shown; returns those with None."""
         dropped = []
-        for placed in self.placed:
-            grad, view = placed.parameter.grad, self._memory(placed)
+        for placed, at in self._shown:
+            grad = placed.parameter.grad
             if grad is None:
-                view.zero_()
+                self._memory(placed).zero_()
                 dropped.append(placed)
-            elif grad.data_ptr() != view.data_ptr():
-                placed.parameter.grad = view.copy_(grad).detach()
+            elif grad.data_ptr() != at:
+                placed.parameter.grad = self._memory(placed).copy_(grad).detach()
         return dropped
 
     def show_grads(self) -> None:
         """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
+        passed = self.left_out()
         for placed in self.placed if self.level == 0 else ():
-            if self.left_out(placed):
+            if placed in passed:
                 continue
             if not self._shows:
                 placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed).detach()  # an alias: its owner may give it other memory
+        if self.level == 0 and not self._shown:
+            self._shown = [(placed, self._memory(placed).data_ptr()) for placed in self.placed]
 
     @property
     def untouched(self) -> bool:
         """Whether no gradient has come in this step."""
         return len(self._fresh) == len(self.placed)
 
-    def left_out(self, placed: Placed) -> bool:
-        """Whether it is frozen, and no backward of this step reached it: an optimizer of torch would pass it by."""
-        return not placed.parameter.requires_grad and placed in self._fresh
+    def left_out(self) -> set[Placed]:
+        """Those that are frozen and that no backward of this step reached: an optimizer of torch would pass them by."""
+        return {placed for placed in self._fresh if not placed.parameter.requires_grad}
 
     def _touch(self, placed: Placed, view: Tensor) -> None:
         self._fresh.discard(placed)
