@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -42,12 +43,22 @@ def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | Non
             f"{meta} is on the meta device and has no values; build the module on {mesh.device}, or call "
             f"module.to_empty(device='{mesh.device}') and give it its initial values before it is wrapped"
         )
+    _check_layouts(module)
     sparse = next((name for name, m in module.named_modules() if getattr(m, "sparse", False) is True), None)
     if sparse is not None:
         raise ConfigError(f"{sparse or 'the module'} has sparse gradients, which are not reduced; make it sparse=False")
     (kind,) = kinds
     if kind[1] != mesh.device.type:
         raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
+
+
+def _check_layouts(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise ConfigError(
+                f"{name} is of layout {tensor.layout}, and ranks exchange dense tensors alone; keep it dense "
+                f"({name}.to_dense()), or keep its indices and its values as two buffers"
+            )
 
 
 def check_compression(compression: str, rank: int, ratio: float, zero: int) -> None:
