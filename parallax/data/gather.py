@@ -71,7 +71,8 @@ class Gather:
         bucket_of = {p.parameter: b for b in flat.early for p in b.placed}
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
-        model.register_forward_pre_hook(lambda module, args: self._begin(root))
+        # Here and below: before the hooks that are there already, which may read weights, as weight_norm's does.
+        model.register_forward_pre_hook(lambda module, args: self._begin(root), prepend=True)
         for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
@@ -79,12 +80,12 @@ class Gather:
 
     def _watch(self, block: nn.Module, buckets: list[Bucket]) -> None:
         if self.flat.level < 3:
-            block.register_forward_pre_hook(lambda module, args: self._wait(buckets))
+            block.register_forward_pre_hook(lambda module, args: self._wait(buckets), prepend=True)
             return
         (bucket,) = buckets
         if self.sink is not None:
             self.sink.through_autograd = True
-        block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket))
+        block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket), prepend=True)
         block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output))
         for placed in bucket.placed:
             placed.parameter.register_post_accumulate_grad_hook(lambda p: self.accumulated(bucket, p))
