@@ -34,14 +34,16 @@ class Optimizer(torch.optim.Optimizer):
         # Not torch's own __init__: the parameters and their state are the inner optimizer's.
         if isinstance(kind, type):
             check_elementwise(kind)
-        decay = options.get("weight_decay")
         self.model = model
         self._flat = FlatOptimizer(
             {0: model.flat},
             lambda groups: kind(groups, **options),
-            lambda segment: {} if segment.kind == "decay" or not decay else {"weight_decay": 0.0},
+            lambda segment: {} if segment.kind == "decay" else {"weight_decay": 0.0},
         )
         self.inner = self._flat.inner
+        if "weight_decay" not in self.inner.defaults:  # which only who was built knows: defaults, a partial
+            for group in self.inner.param_groups:
+                group.pop("weight_decay", None)
         check_elementwise(type(self.inner))
         self._before_step: OrderedDict[int, Hook] = OrderedDict()
         self._after_step: OrderedDict[int, Hook] = OrderedDict()

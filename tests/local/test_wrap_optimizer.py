@@ -1,0 +1,46 @@
+"""The optimizer of a wrapped module, on one rank: weight decay, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import parallax
+from parallax.mesh import init_mesh
+
+
+def wrapped(**options: Any) -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    return parallax.data_parallel(net, init_mesh("1x1x1", device_type="cpu"), **options)
+
+
+DECAYING = {
+    "its own default": (torch.optim.AdamW, {}),
+    "written out": (torch.optim.AdamW, {"weight_decay": 0.01}),
+    "a partial": (functools.partial(torch.optim.AdamW, weight_decay=0.01), {}),
+    "a function": (lambda groups, **options: torch.optim.SGD(groups, weight_decay=0.01, **options), {}),
+}
+
+
+@pytest.mark.parametrize("how", DECAYING)
+def test_no_decay_holds_wherever_the_weight_decay_comes_from(how: str):
+    kind, options = DECAYING[how]
+    model = wrapped(no_decay=["*bias"])
+    optimizer = parallax.optimizer(model, kind, lr=1.0, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (model(torch.zeros(1, 4)) * 0).sum().backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name] * (1.0 if name.endswith("bias") else 0.99), msg=name)
+
+
+def test_an_optimizer_without_weight_decay_gets_none():
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.Rprop
+    optimizer = parallax.optimizer(wrapped(no_decay=["*bias"]), make, lr=0.1)
+    assert all("weight_decay" not in group for group in optimizer.param_groups)
