@@ -66,6 +66,7 @@ RANK = {
     "step": 12,
     "assemble": 13,
     "wrap_rules": 12.2,
+    "wrap_state": 12.4,
     "wrap_optimizer": 12.5,
     "wrap": 13,
     "arrays": 13,
