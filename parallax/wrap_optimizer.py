@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Optimizer"]
 
-Hook = Callable[[torch.optim.Optimizer, tuple[Any, ...], dict[str, Any]], Any]
+Hook = Callable[..., Any]
+WHEN = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+"""The hooks that torch's optimizers have."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -47,8 +49,7 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.inner.param_groups:
                 group.pop("weight_decay", None)
         check_elementwise(type(self.inner))
-        self._before_step: OrderedDict[int, Hook] = OrderedDict()
-        self._after_step: OrderedDict[int, Hook] = OrderedDict()
+        self._hooks: dict[str, OrderedDict[int, Hook]] = {when: OrderedDict() for when in WHEN}
         self.defaults = self.inner.defaults
         model.when_loaded(self._flat.refresh)
         if model.flat.level == 0:
@@ -102,26 +103,52 @@ class Optimizer(torch.optim.Optimizer):
         if self.model.joining:
             while (max_norm := self._agree()) is not None:  # a rank without batches clips when the others do
                 self._clip(max_norm)
-        for hook in self._before_step.values():
+        for hook in self._hooks["step_pre"].values():
             hook(self, (), {})
         self._flat.step()
         self.model.sync.publish()
         self.model.send_buffers()
         self.model.begin_step()
-        for hook in self._after_step.values():
+        for hook in self._hooks["step_post"].values():
             hook(self, (), {})
 
     def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
         """Have hook(optimizer, (), {}) called before each update, when the gradients are reduced."""
-        handle = RemovableHandle(self._before_step)
-        self._before_step[handle.id] = hook
-        return handle
+        return self._register("step_pre", hook)
 
     def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
         """Have hook(optimizer, (), {}) called after each update, when the gradients are gone."""
-        handle = RemovableHandle(self._after_step)
-        self._after_step[handle.id] = hook
+        return self._register("step_post", hook)
+
+    def register_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Have hook(optimizer) called before a state dict is made."""
+        return self._register("state_dict_pre", hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Have hook(optimizer, state_dict) called when it is made; what it returns, if anything, takes its place."""
+        return self._register("state_dict_post", hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Have hook(optimizer, state_dict) called before it is loaded; what it returns, if anything, is."""
+        return self._register("load_state_dict_pre", hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Have hook(optimizer) called when a state dict is loaded."""
+        return self._register("load_state_dict_post", hook, prepend)
+
+    def _register(self, when: str, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        handle = RemovableHandle(self._hooks[when])
+        self._hooks[when][handle.id] = hook
+        if prepend:
+            self._hooks[when].move_to_end(handle.id, last=False)
         return handle
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copy and pickle ask for. A second owner of the module's gradients there cannot be."""
+        raise ConfigError(
+            "an optimizer of a wrapped module can be neither copied nor pickled; keep optimizer.whole_state_dict() "
+            "and load it into another parallax.optimizer(model, ...)"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise ConfigError("this optimizer has the wrapped module's parameters; add others to the module, then wrap it")
@@ -148,7 +175,7 @@ class Optimizer(torch.optim.Optimizer):
         ask, any zero and number of ranks load it. From zero=1 on this rank's part, marked as such: see
         `whole_state_dict`.
         """
-        return self._state.part() if self._state.cut else self._state.whole()
+        return self._saved(self._state.part if self._state.cut else self._state.whole)
 
     def whole_state_dict(self) -> dict[str, Any]:
         """The whole state at any zero, as torch's own optimizers have it: by parameter, in the module's order.
@@ -156,11 +183,25 @@ class Optimizer(torch.optim.Optimizer):
         All ranks call it and have it; one may save it for all. Any zero and number of ranks load it. A collective from
         zero=1 on, of (n-1)/n of the state's bytes and 520 bytes more.
         """
-        return self._state.whole()
+        return self._saved(self._state.whole)
+
+    def _saved(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        for hook in self._hooks["state_dict_pre"].values():
+            hook(self)
+        state_dict = make()
+        for hook in self._hooks["state_dict_post"].values():
+            found = hook(self, state_dict)
+            state_dict = state_dict if found is None else found
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a whole state, of this class or of torch's, or this rank's own part. All ranks call it.
 
         Raises ConfigError, on every rank, for another rank's part and for what does not fit. Sends 520 bytes.
         """
+        for hook in self._hooks["load_state_dict_pre"].values():
+            found = hook(self, state_dict)
+            state_dict = state_dict if found is None else found
         self._state.load(state_dict)
+        for hook in self._hooks["load_state_dict_post"].values():
+            hook(self)

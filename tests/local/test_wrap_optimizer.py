@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 import parallax
+from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
 
 
@@ -44,3 +47,33 @@ def test_an_optimizer_without_weight_decay_gets_none():
     make: Callable[..., torch.optim.Optimizer] = torch.optim.Rprop
     optimizer = parallax.optimizer(wrapped(no_decay=["*bias"]), make, lr=0.1)
     assert all("weight_decay" not in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_and_leaves_all_optimizers_as_they_were(copied: Callable[[Any], Any]):
+    model = wrapped()
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ConfigError, match="neither copied nor pickled; keep optimizer.whole_state_dict"):
+        copied(optimizer)
+    before = model.state_dict()["0.bias"]
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert not before.equal(model.state_dict()["0.bias"])
+
+
+def test_hooks_on_state_dicts_are_called_as_torchs_are():
+    called: list[str] = []
+
+    def on(optimizer: Any) -> None:
+        optimizer.register_state_dict_pre_hook(lambda o: called.append("save"))
+        optimizer.register_state_dict_pre_hook(lambda o: called.append("first"), prepend=True)
+        optimizer.register_state_dict_post_hook(lambda o, state: state | {"mine": 1})
+        optimizer.register_load_state_dict_pre_hook(lambda o, state: called.append(f"load {state.pop('mine')}"))
+        optimizer.register_load_state_dict_post_hook(lambda o: called.append("loaded")).remove()
+        optimizer.register_load_state_dict_post_hook(lambda o: called.append("done"))
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    on(parallax.optimizer(wrapped(), torch.optim.SGD, lr=0.1))
+    ours, called = called, []
+    on(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    assert ours == called == ["first", "save", "load 1", "done"]
