@@ -300,7 +300,8 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within it every parameter is whole and up to date on every rank; changes to them are lost."""
+        """Within it every parameter is whole and up to date on every rank. What all ranks write into them stays, but at
+        zero=3 is lost."""
         self.sync.gather_all()
         try:
             yield

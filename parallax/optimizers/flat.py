@@ -46,7 +46,9 @@ class FlatOptimizer(Masters):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients in the flat buffers."""
+        """One update from the gradients in the flat buffers, of the parameters as they are: a script may have written
+        into them since the last one."""
+        self.refresh()
         self.show_grads()
         self.inner.step()
         for masters in self.masters.values():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import parallax
 from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
+from tests.ranks.workers import over_sockets
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
@@ -218,3 +219,34 @@ def groups() -> list[int]:
 
 def test_every_rank_has_every_group(ranks):
     assert ranks(2, groups) == [[1, 1], [1, 1]]
+
+
+WRITES: dict[str, Any] = {
+    "data.clamp_": lambda net: [p.data.clamp_(-0.01, 0.01) for p in net.parameters()],
+    "zero_": lambda net: [p.zero_() for p in net.parameters()],
+    "load_state_dict": lambda net: net.load_state_dict({n: v / 2 for n, v in net.state_dict().items()}),
+}
+
+
+def written(zero: int, how: str) -> dict[str, Tensor]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(Net().bfloat16(), mesh, zero=zero)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=1e-3)
+    for _ in range(2):
+        model(torch.ones(2, 6).bfloat16()).sum().backward()
+        optimizer.step()
+        with torch.no_grad(), model.gathered():
+            WRITES[how](model.module)
+    before = model.state_dict()
+    model(torch.ones(2, 6).bfloat16()).sum().backward()
+    optimizer.step()
+    return {name: value.float() - before[name].float() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_what_a_script_writes_into_narrow_parameters_stays(ranks, how: str):
+    """Masters of their own would undo it with the next step: that one is small, and what was written large."""
+    for zero in (0, 1, 2):
+        for found in ranks(2, over_sockets, written, zero, how):
+            for name, change in found.items():
+                assert float(change.abs().max()) < 0.02, f"{name} at zero={zero}"
