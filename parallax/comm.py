@@ -230,7 +230,7 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
 
     Of any strided layout and any dtype: the elements go one after the other, as bytes.
     """
-    if axis.group is None:
+    if axis.group is None or tensor.numel() == 0:
         return tensor
     if axis.rank == source:
         _count(axis, "broadcast", (axis.size - 1) * tensor.nbytes)
@@ -238,7 +238,8 @@ def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     if axis.board is not None:
         axis.board.broadcast(dense, source)
     else:
-        dist.broadcast(dense.view(-1).view(torch.uint8), axis.ranks[source], group=axis.group)
+        flat = dense.as_strided((dense.numel(),), (1,))  # a dim of one element may have any stride
+        dist.broadcast(flat.view(torch.uint8), axis.ranks[source], group=axis.group)
     if dense is not tensor and axis.rank != source:
         _fill(tensor, dense)
     return tensor

@@ -127,6 +127,8 @@ LAYOUTS = {
     "transposed": lambda x: x.t(),
     "expanded": lambda x: x[:, :1].expand(ROWS, 1000),
     "0-d": lambda x: x[3, 2],
+    "empty": lambda x: x[:0],
+    "one of every two": lambda x: x.flatten()[::2][:1],
     "conjugate": lambda x: torch.complex(x, -x).conj(),
     "negated": lambda x: torch.complex(x, x).conj().imag,
     "int16": lambda x: (x * 100).to(torch.int16),
