@@ -28,14 +28,22 @@ WHEN = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_stat
 
 class Optimizer(torch.optim.Optimizer):
     """The given optimizer over this rank's flat segments. Elementwise ones only: AdamW, SGD, Lion and the like.
+    Those known by name to look at whole tensors are refused; elementwise=True vouches for one that is only named so.
 
     `clip_grad_norm_` is to be used instead of torch's with zero > 0, where a rank has a part of the gradients alone and
     `param.grad` is None. Learning-rate schedulers of torch work on it.
     """
 
-    def __init__(self, model: DataParallel, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+    def __init__(
+        self,
+        model: DataParallel,
+        kind: Callable[..., torch.optim.Optimizer],
+        *,
+        elementwise: bool = False,
+        **options: Any,
+    ) -> None:
         # Not torch's own __init__: the parameters and their state are the inner optimizer's.
-        if isinstance(kind, type):
+        if isinstance(kind, type) and not elementwise:
             check_elementwise(kind)
         self.model = model
         self._flat = FlatOptimizer(
@@ -48,7 +56,8 @@ class Optimizer(torch.optim.Optimizer):
         if "weight_decay" not in self.inner.defaults:  # which only who was built knows: defaults, a partial
             for group in self.inner.param_groups:
                 group.pop("weight_decay", None)
-        check_elementwise(type(self.inner))
+        if not elementwise:
+            check_elementwise(type(self.inner))
         self._hooks: dict[str, OrderedDict[int, Hook]] = {when: OrderedDict() for when in WHEN}
         self.defaults = self.inner.defaults
         model.when_loaded(self._flat.refresh)

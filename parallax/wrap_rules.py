@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,8 +17,16 @@ from parallax.mesh import Mesh
 __all__ = ["check_compression", "check_elementwise", "check_module", "check_output"]
 
 
-NOT_ELEMENTWISE = {"adafactor", "lamb", "larc", "lars", "lbfgs", "muon", "shampoo", "soap", "sparseadam"}
-"""Optimizers, in small letters, that look at more than one element at a time: flat segments have no matrices."""
+NOT_ELEMENTWISE = re.compile(
+    "adafactor|adahessian|adalite|adamini|adamp|adam_mini|adanorm|apollo|centraliz|dadapt|fromage|galore|kfac|kron|lamb|"
+    "larc|lars|lbfgs|mechanic|muon|newton|nero|novograd|prodigy|psgd|ranger|scion|sgdp|shampoo|soap|sparseadam|spectral|"
+    "stableadam|yellowfin",
+    re.IGNORECASE,
+)
+"""Parts of the names of optimizers that look at more than one element at a time: flat segments have
+no tensors, and cuts go through the middle of them."""
+SHORT_NAMES = re.compile(r"SAM(?![a-z])|^L?DoG$|^CAME$|^SM3$|^Dion$|^sam$")
+"""Those whose names are part of other words."""
 
 
 def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
@@ -73,8 +82,11 @@ def check_compression(compression: str, rank: int, ratio: float, zero: int) -> N
 
 def check_elementwise(kind: type) -> None:
     for name in (base.__name__ for base in kind.__mro__):
-        if name.lower() in NOT_ELEMENTWISE:
-            raise ConfigError(f"{name} does not treat each element by itself; use AdamW, SGD or another that does")
+        if SHORT_NAMES.search(name) or NOT_ELEMENTWISE.search(name):
+            raise ConfigError(
+                f"{name} does not treat each element by itself, or is named like one that does not; use AdamW, SGD or "
+                "another that does, or, if you know that this one does, parallax.optimizer(..., elementwise=True)"
+            )
 
 
 def check_output(name: str, block: nn.Module, args: Any, output: Any) -> None:

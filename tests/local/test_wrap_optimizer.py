@@ -77,3 +77,24 @@ def test_hooks_on_state_dicts_are_called_as_torchs_are():
     ours, called = called, []
     on(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
     assert ours == called == ["first", "save", "load 1", "done"]
+
+
+NAMES = (
+    "FusedLAMB NovoGrad Prodigy DistributedShampoo SAM ESAM SAMWrapper AdamP KFAC LARSWrapper DAdaptAdam SOAP Adam_mini"
+)
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_an_optimizer_that_looks_at_whole_tensors_is_refused(name: str):
+    named = type(name, (torch.optim.AdamW,), {})
+    model = wrapped()
+    for kind in (named, type("Mine", (named,), {}), functools.partial(named), lambda groups, **o: named(groups, **o)):
+        with pytest.raises(ConfigError, match=rf"{name} does not treat each.*elementwise=True"):
+            parallax.optimizer(model, kind, lr=0.1)
+        optimizer = parallax.optimizer(model, kind, lr=0.1, elementwise=True)
+        assert optimizer.defaults["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["Lion", "Adan", "AdamW8bit", "NAdam", "Sample", "Sophia", "MADGRAD", "AdaBelief"])
+def test_an_optimizer_of_another_name_is_taken(name: str):
+    parallax.optimizer(wrapped(), type(name, (torch.optim.SGD,), {}), lr=0.1)
