@@ -93,7 +93,7 @@ class DataParallel(nn.Module):
         for tensor in [*module.parameters(), *module.buffers()]:
             broadcast(tensor.detach(), mesh.grad)
         decays = {n: not any(fnmatch(n, pattern) for pattern in no_decay) for n, _ in module.named_parameters()}
-        specs = [replace(spec, decay=spec.decay and decays[spec.parameter]) for spec in collect(module, mesh)]
+        specs = [replace(spec, decay=decays[spec.parameter]) for spec in collect(module, mesh)]  # as torch: biases too
         self.order = {spec.name: place for place, spec in enumerate(specs)}
         size = (shard_size or mesh.grad.size) if zero else 1
         self.shards, replicas = cut_axis(mesh, mesh.grad, ("data", "context"), size)

@@ -15,6 +15,7 @@ from torch import nn
 import parallax
 from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
+from parallax.tensor.plan import shard_module
 
 
 def wrapped(**options: Any) -> Any:
@@ -98,3 +99,19 @@ def test_an_optimizer_that_looks_at_whole_tensors_is_refused(name: str):
 @pytest.mark.parametrize("name", ["Lion", "Adan", "AdamW8bit", "NAdam", "Sample", "Sophia", "MADGRAD", "AdaBelief"])
 def test_an_optimizer_of_another_name_is_taken(name: str):
     parallax.optimizer(wrapped(), type(name, (torch.optim.SGD,), {}), lr=0.1)
+
+
+@pytest.mark.parametrize("no_decay", [(), ("0.bias",)])
+def test_what_shard_module_cuts_decays_as_torch_has_it(no_decay: tuple[str, ...]):
+    torch.manual_seed(0)
+    mesh = init_mesh("1x1x1", device_type="cpu")
+    net = shard_module(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), {"0": "column", "2": "row"}, mesh.tensor
+    )
+    model = parallax.data_parallel(net, mesh, no_decay=no_decay)
+    optimizer = parallax.optimizer(model, torch.optim.AdamW, lr=1.0, weight_decay=0.1)
+    before = model.state_dict()
+    (model(torch.zeros(1, 4)) * 0).sum().backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name] * (1.0 if name in no_decay else 0.9), msg=name)
