@@ -300,13 +300,15 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within it every parameter is whole and up to date on every rank. What all ranks write into them stays, but at
-        zero=3 is lost."""
-        self.sync.gather_all()
+        """Within it every parameter is whole and up to date on every rank, also after forwards, steps and another
+        gathered() within. What all ranks write into them stays, but at zero=3 is lost. All ranks enter it; at zero=3
+        evaluation within it sends nothing, and one rank may do it alone.
+        """
+        self.sync.hold()
         try:
             yield
         finally:
-            self.sync.reshard(0)
+            self.sync.release()
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """The module's own state, whole and after a step the same on every rank, under the module's own names.

@@ -66,13 +66,16 @@ class Gather:
         self._order = list(reversed(flat.early))
         self._pending: dict[Bucket, Pending] = {}
         self._resident: list[Bucket] = []
+        self._holds = 0
+        self._held: dict[Bucket, None] = {}  # whole for `hold` alone
+        self._kept: list[Bucket] = []  # whole after it too
         self._running: set[Bucket] = set()  # in their forward
         self._owing: dict[Bucket, set[nn.Parameter]] = {}  # in their backward: what has no gradient yet
         bucket_of = {p.parameter: b for b in flat.early for p in b.placed}
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
         # Here and below: before the hooks that are there already, which may read weights, as weight_norm's does.
-        model.register_forward_pre_hook(lambda module, args: self._begin(root), prepend=True)
+        model.register_forward_pre_hook(lambda module, args: self._begin(module, root), prepend=True)
         for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
@@ -92,11 +95,13 @@ class Gather:
 
     # --- the whole stage ------------------------------------------------------------------------
 
-    def _begin(self, root: Iterable[Bucket]) -> None:
+    def _begin(self, model: nn.Module, root: Iterable[Bucket]) -> None:
         """The stage's forward begins: no backward is under way."""
         self._owing.clear()
         self.unshard()
         self._wait(root)
+        if self._holds and model.training and torch.is_grad_enabled():  # a rank alone may evaluate within a hold
+            self._kept = self._needed()
 
     def unshard(self) -> None:
         """Gather what no block holds; with `keep` begin to gather all."""
@@ -118,19 +123,47 @@ class Gather:
         """This rank's parameters have changed: send them to those that hold copies."""
         if self.flat.level == 3:
             self.reshard()
-            return
-        self._wait(list(self._pending))
-        late = self.flat.late
-        for bucket in ([late] if late else []) + self._order:
-            whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
+            self._kept = []
+            for bucket in self._held:
+                self._gather(bucket)
+        else:
+            self._wait(list(self._pending))
+            late = self.flat.late
+            for bucket in ([late] if late else []) + self._order:
+                self._gather(bucket)
+        if self._holds:
+            self.gather_all()
 
     def gather_all(self) -> None:
-        """Return when every parameter is whole."""
-        if self.flat.level == 3:
-            for bucket in self.flat.buckets:
-                self._start(bucket)
+        """Return when what is under way has come: below level 3, or within `hold`, every parameter is whole then."""
         self._wait(list(self._pending))
+
+    def hold(self) -> None:
+        """Return when every parameter is whole, and keep all so until as many `release` as `hold`."""
+        self._holds += 1
+        if self._holds == 1:
+            self._kept = self._needed()
+        for bucket in self.flat.buckets if self.flat.level == 3 else ():
+            if bucket not in self._resident and bucket not in self._held:
+                self._held[bucket] = None
+                self._gather(bucket)
+        self.gather_all()
+
+    def release(self) -> None:
+        """The end of a `hold`. What somebody wrote is lost at level 3, so what a backward still needs comes anew."""
+        self._holds -= 1
+        if self._holds or self.flat.level < 3:
+            return
+        self.reshard()
+        while self._held:
+            self.flat.drop(self._held.popitem()[0])
+        for bucket in self._kept:
+            self._start(bucket)
+        self._wait(self._kept)
+
+    def _needed(self) -> list[Bucket]:
+        """What a backward reads that no hook of its own brings: it must stay from the forward on."""
+        return [bucket for bucket in self._resident if bucket.late or self.keep]
 
     # --- one block ------------------------------------------------------------------------------
 
@@ -174,8 +207,14 @@ class Gather:
     def _start(self, bucket: Bucket) -> None:
         if bucket not in self._resident:
             self._resident.append(bucket)
-            whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
+            if bucket in self._held:
+                del self._held[bucket]
+            else:
+                self._gather(bucket)
+
+    def _gather(self, bucket: Bucket) -> None:
+        whole = self.flat.whole_values(bucket)
+        self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
 
     @torch.no_grad()
     def _wait(self, buckets: Iterable[Bucket]) -> None:
@@ -192,4 +231,7 @@ class Gather:
         self._wait([bucket])
         self._resident.remove(bucket)
         self._owing.pop(bucket, None)
-        self.flat.drop(bucket)
+        if self._holds:
+            self._held[bucket] = None
+        else:
+            self.flat.drop(bucket)

@@ -99,3 +99,11 @@ class Zero(BucketSync):
     def gather_all(self) -> None:
         for gather in self._gathers.values():
             gather.gather_all()
+
+    def hold(self) -> None:
+        for gather in self._gathers.values():
+            gather.hold()
+
+    def release(self) -> None:
+        for gather in self._gathers.values():
+            gather.release()
