@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from parallax.comm import all_reduce, broadcast
 from parallax.config_fields import LOSSY
 from parallax.data.buckets import FlatBuffers
 from parallax.data.choose import CASTS, replicate
-from parallax.data.gather import block_of, find_blocks
+from parallax.data.gather import Hook, block_of, find_blocks
 from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
@@ -115,6 +116,7 @@ class DataParallel(nn.Module):
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
         if self.shards.size > 1:
+            import_module("torch._dynamo")  # as the first torch optimizer will; it keeps hooks out of torch.compile
             cast = CASTS.get(compression)
             self.sync = Zero(mesh, flats, {}, learns=False, reduce_dtype=cast, **cut)  # type: ignore[arg-type]
         else:
@@ -123,7 +125,7 @@ class DataParallel(nn.Module):
         self.lossy = compression in LOSSY
         if self.flat.level == 3 and gather == "block":
             for name, block in find_blocks(module):
-                block.register_forward_hook(partial(check_output, name))
+                block.register_forward_hook(Hook(partial(check_output, name)))
         self._accumulating = self._joining = False
         self.active = True
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False

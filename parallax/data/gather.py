@@ -7,7 +7,8 @@ is needed as long as the stage runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from parallax.data.layout import Bucket
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
 
-__all__ = ["Gather", "block_of", "find_blocks"]
+__all__ = ["Gather", "Hook", "block_of", "find_blocks"]
 
 
 SAME_BLOCKS = "With zero=3 all ranks must run the same blocks: else use gather=step or zero=2"
@@ -51,6 +52,26 @@ def block_of(model: nn.Module) -> dict[nn.Parameter, str | None]:
     return {parameter: found.pop() if len(found) == 1 else None for parameter, found in users.items()}
 
 
+class Hook:
+    """A hook of a Gather on a module. Copies of the module have a copy of it, which does nothing: their parameters are
+    their own and whole, and one rank alone may call them. torch.compile leaves it alone, where that is about.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        dynamo = sys.modules.get("torch._dynamo")  # two seconds to import, and who compiles has it
+        self._call = dynamo.disable(call) if dynamo is not None and call is not None else call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __deepcopy__(self, memo: Any) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> Any:
+        return Hook, ()
+
+
 class Gather:
     """Gathers one stage's buckets over `axis`.
 
@@ -75,7 +96,7 @@ class Gather:
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
         # Here and below: before the hooks that are there already, which may read weights, as weight_norm's does.
-        model.register_forward_pre_hook(lambda module, args: self._begin(module, root), prepend=True)
+        model.register_forward_pre_hook(Hook(lambda module, args: self._begin(module, root)), prepend=True)
         for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
@@ -83,13 +104,13 @@ class Gather:
 
     def _watch(self, block: nn.Module, buckets: list[Bucket]) -> None:
         if self.flat.level < 3:
-            block.register_forward_pre_hook(lambda module, args: self._wait(buckets), prepend=True)
+            block.register_forward_pre_hook(Hook(lambda module, args: self._wait(buckets)), prepend=True)
             return
         (bucket,) = buckets
         if self.sink is not None:
             self.sink.through_autograd = True
-        block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket), prepend=True)
-        block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output))
+        block.register_forward_pre_hook(Hook(lambda module, args: self._before_forward(bucket)), prepend=True)
+        block.register_forward_hook(Hook(lambda module, args, output: self._after_forward(bucket, output)))
         for placed in bucket.placed:
             placed.parameter.register_post_accumulate_grad_hook(lambda p: self.accumulated(bucket, p))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,3 +57,71 @@ def test_a_hook_that_reads_weights_reads_those_of_this_step(ranks):
         for found in ranks(2, over_sockets, wrapped, zero):
             for name, values in expected.items():
                 torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-11, msg=f"{name} zero={zero}")
+
+
+def copies(zero: int) -> dict[str, Any]:
+    """Copies of the module, made while it is whole, are called by one rank alone, and sent as files."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(Net().double(), mesh, zero=zero)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    with model.gathered():
+        copied = copy.deepcopy(model.module)
+        averaged = torch.optim.swa_utils.AveragedModel(model.module)
+        file = io.BytesIO()
+        torch.save(model.module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    x = torch.ones(2, 6, dtype=torch.float64)
+    found = {}
+    mesh.grad.traffic.clear()
+    if mesh.rank == 0:
+        for name, other in (("copied", copied), ("averaged", averaged), ("loaded", loaded)):
+            found[name] = bool(other(x).isclose(Net().double()(x)).all())
+            other(x).sum().backward()
+    found["nothing sent"] = not mesh.grad.traffic
+    model(x).sum().backward()
+    optimizer.step()
+    return found
+
+
+def test_copies_of_the_module_send_nothing(ranks):
+    for zero in (1, 3):
+        for found in ranks(2, copies, zero):
+            assert all(found.values()), found
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def compiled(where: str) -> list[dict[str, Tensor]]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    found = []
+    for zero in (0, 1, 3):
+        net: Any = Net().double()
+        if where == "inside":
+            net = torch.compile(net, backend="aot_eager")
+        model: Any = parallax.data_parallel(net, mesh, zero=zero)
+        optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+        called = torch.compile(model, backend="aot_eager") if where == "outside" else model
+        generator = torch.Generator().manual_seed(mesh.rank)
+        for _ in range(3):
+            called(torch.randn(4, 6, generator=generator).double()).square().mean().backward()
+            optimizer.step()
+        found.append({name.removeprefix("_orig_mod."): value for name, value in model.state_dict().items()})
+    return found
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_compiler_leaves_the_gatherings_alone(ranks, where: str):
+    expected, *_ = ranks(2, compiled, "nowhere")[0]
+    for found in ranks(2, compiled, where):
+        for of_zero in found:
+            for name, values in expected.items():
+                torch.testing.assert_close(of_zero[name], values, rtol=1e-9, atol=1e-11, msg=name)
