@@ -133,6 +133,13 @@ class DataParallel(nn.Module):
         self._when_reduced: list[Callable[[], None]] = []
         self.begin_step()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copy and pickle ask for: neither the ranks nor what is under way between them can be copied."""
+        raise ConfigError(
+            "a wrapped module can be neither copied nor pickled; copy what is inside, where it is whole: "
+            "`with model.gathered(): copied = copy.deepcopy(model.module)`, or save model.state_dict()"
+        )
+
     def begin_step(self) -> None:
         """Gradients back to zero; what was under way is dropped."""
         self.sync.wait()

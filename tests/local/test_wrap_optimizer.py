@@ -115,3 +115,9 @@ def test_what_shard_module_cuts_decays_as_torch_has_it(no_decay: tuple[str, ...]
     optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name] * (1.0 if name in no_decay else 0.9), msg=name)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, torch.optim.swa_utils.AveragedModel])
+def test_a_copy_of_the_wrapped_module_is_refused_with_what_to_copy(copied: Callable[[Any], Any]):
+    with pytest.raises(ConfigError, match=r"neither copied nor pickled; .*copy.deepcopy\(model.module\)"):
+        copied(wrapped())
