@@ -97,10 +97,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _clip(self, max_norm: float) -> float:
         flat, model = self.model.flat, self.model
-        pieces = [(p.spec, flat.grads_of(flat.segments[p.segment])[p.start : p.stop]) for p in flat.pieces]
+        grads = [flat.grads_of(segment) for segment in flat.segments]
+        if flat.grad_dtype.is_complex:  # the norm of its real and imaginary parts
+            grads = [torch.view_as_real(grad) for grad in grads]
+        pieces = [(p.spec, grads[p.segment][p.start : p.stop]) for p in flat.pieces]
         zero = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
         _, norm, _ = global_loss_and_norm(zero, pieces, model.order, model.mesh, model.shards)
-        clip_gradients([flat.grads_of(segment) for segment in flat.segments], norm, max_norm)
+        clip_gradients(grads, norm, max_norm)
         return norm
 
     @torch.no_grad()

@@ -54,3 +54,46 @@ def test_a_sparse_buffer_is_refused_by_name(layout: str):
     net.register_buffer("links", torch.eye(3).to_sparse(layout=getattr(torch, layout)))
     with pytest.raises(ConfigError, match=rf"links is of layout torch\.{layout}.*links\.to_dense"):
         parallax.data_parallel(net, init_mesh("1x1x1", device_type="cpu"))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(6, 40, dtype=torch.complex128))
+        self.second = nn.Parameter(torch.randn(40, 3, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ self.first @ self.second).abs()
+
+
+def complex_steps(zero: int) -> tuple[list[float], dict[str, Tensor]]:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(Complex(), mesh, zero=zero, bucket_bytes=1000)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    norms = []
+    for step in range(3):
+        x = torch.full((2, 6), 1.0 + mesh.rank + step, dtype=torch.float64)
+        model(x).square().mean().backward()
+        norms.append(optimizer.clip_grad_norm_(0.5))
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.whole_state_dict())
+    return norms, model.state_dict()
+
+
+def test_complex_parameters_train_and_clip(ranks):
+    model = Complex()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    norms = []
+    for step in range(3):
+        for rank in range(2):
+            x = torch.full((2, 6), 1.0 + rank + step, dtype=torch.float64)
+            (model(x).square().mean() / 2).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    for zero in (0, 2, 3):
+        for found, state in ranks(2, complex_steps, zero):
+            assert found == pytest.approx(norms, rel=1e-9)
+            for name, values in model.state_dict().items():
+                torch.testing.assert_close(state[name], values, rtol=1e-9, atol=1e-11, msg=name)
