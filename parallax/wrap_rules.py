@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from parallax.config_fields import LOSSY
@@ -30,6 +31,7 @@ SHORT_NAMES = re.compile(r"SAM(?![a-z])|^L?DoG$|^CAME$|^SM3$|^Dion$|^sam$")
 
 
 def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | None, gather: str) -> None:
+    _check_values(module, mesh)
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError("the module has no parameters that require a gradient; there is nothing to train")
@@ -46,14 +48,8 @@ def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | Non
         raise ConfigError(f"gather={gather} is unknown; choose block or step")
     if shard_size is not None and (zero == 0 or mesh.grad.size % shard_size):
         raise ConfigError(f"shard_size={shard_size} needs zero=1 to 3 and must divide the {mesh.grad.size} data ranks")
-    meta = next((n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta), None)
-    if meta is not None:
-        raise ConfigError(
-            f"{meta} is on the meta device and has no values; build the module on {mesh.device}, or call "
-            f"module.to_empty(device='{mesh.device}') and give it its initial values before it is wrapped"
-        )
-    _check_layouts(module)
-    sparse = next((name for name, m in module.named_modules() if getattr(m, "sparse", False) is True), None)
+    tables = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    sparse = next((name for name, m in tables if m.sparse), None)
     if sparse is not None:
         raise ConfigError(f"{sparse or 'the module'} has sparse gradients, which are not reduced; make it sparse=False")
     (kind,) = kinds
@@ -61,8 +57,19 @@ def check_module(module: nn.Module, mesh: Mesh, zero: int, shard_size: int | Non
         raise ConfigError(f"the module is on {kind[1]}, the mesh on {mesh.device}; move it: model.to(mesh.device)")
 
 
-def _check_layouts(module: nn.Module) -> None:
+def _check_values(module: nn.Module, mesh: Mesh) -> None:
+    """Whether there are values, one after the other, that ranks can exchange."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{name} is of a lazy module that has seen no input, and has no shape; call the module with one batch, "
+                "on every rank, before it is wrapped"
+            )
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device and has no values; build the module on {mesh.device}, or call "
+                f"module.to_empty(device='{mesh.device}') and give it its initial values before it is wrapped"
+            )
         if tensor.layout != torch.strided or tensor.is_nested:
             raise ConfigError(
                 f"{name} is of layout {tensor.layout}, and ranks exchange dense tensors alone; keep it dense "

@@ -97,3 +97,25 @@ def test_complex_parameters_train_and_clip(ranks):
             assert found == pytest.approx(norms, rel=1e-9)
             for name, values in model.state_dict().items():
                 torch.testing.assert_close(state[name], values, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_a_lazy_module_without_shapes_is_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
+    with pytest.raises(ConfigError, match="1.weight is of a lazy module that has seen no input"):
+        parallax.data_parallel(net, init_mesh("1x1x1", device_type="cpu"))
+    net(torch.ones(1, 3))
+    parallax.data_parallel(net, init_mesh("1x1x1", device_type="cpu"))
+
+
+@pytest.mark.parametrize("value", [["a list"], {"weight": "a word"}, {"weight": ("a", "word")}, 3])
+def test_an_attribute_that_happens_to_be_called_layouts_or_sparse_is_the_modules_own(value: object):
+    net = nn.Linear(3, 4)
+    net.layouts, net.sparse = value, True  # type: ignore[assignment]
+    model = parallax.data_parallel(net, init_mesh("1x1x1", device_type="cpu"))
+    assert model.state_dict().keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("table", [nn.Embedding(4, 2, sparse=True), nn.EmbeddingBag(4, 2, sparse=True)])
+def test_a_table_with_sparse_gradients_is_refused_by_name(table: nn.Module):
+    with pytest.raises(ConfigError, match="0 has sparse gradients.*sparse=False"):
+        parallax.data_parallel(nn.Sequential(table), init_mesh("1x1x1", device_type="cpu"))
