@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import parallax
 from parallax.errors import ConfigError
 from parallax.mesh import init_mesh
+from parallax.tensor.plan import shard_module
 from tests.ranks.workers import over_sockets
 
 OPTIMIZERS: dict[str, Any] = {
@@ -250,3 +251,23 @@ def test_what_a_script_writes_into_narrow_parameters_stays(ranks, how: str):
         for found in ranks(2, over_sockets, written, zero, how):
             for name, change in found.items():
                 assert float(change.abs().max()) < 0.02, f"{name} at zero={zero}"
+
+
+def over_tensor() -> str:
+    mesh = init_mesh("1x2x1", device_type="cpu")
+    model = parallax.data_parallel(shard_module(nn.Sequential(nn.Linear(4, 8)), {"0": "column"}, mesh.tensor), mesh)
+    optimizer = parallax.optimizer(model, torch.optim.AdamW, lr=0.01)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)  # its own
+    if mesh.rank:
+        saved["parallax"]["tensor_rank"] = 0  # of the other
+    with pytest.raises(ConfigError) as error:
+        optimizer.load_state_dict(saved)
+    return str(error.value)
+
+
+def test_what_tensor_ranks_hold_is_not_the_same(ranks):
+    first, second = ranks(2, over_tensor)
+    assert first == second and "tensor rank 0 of 2 does not fit rank 1 of 2" in first
