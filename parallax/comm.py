@@ -97,10 +97,26 @@ def _count(axis: Axis, kind: str, num_bytes: int) -> None:
     axis.traffic[kind] += num_bytes
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, as the backends take one for granted: its elements in order, one after the other."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+def _fill(tensor: Tensor, values: Tensor) -> Tensor:
+    """Write values into a tensor of whatever strides; an expanded dim has memory for one of its elements alone."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    return tensor.copy_(values)
+
+
 def all_reduce_start(tensor: Tensor, axis: Axis, op: str = "sum") -> Pending:
-    """Begin `all_reduce`; the tensor must be contiguous and left alone until `wait`."""
+    """Begin `all_reduce`; the tensor must be left alone until `wait`."""
     if axis.group is None:
         return Pending(tensor)
+    if (dense := _dense(tensor)) is not tensor:
+        pending = all_reduce_start(dense, axis, op)
+        return Pending(tensor, pending, lambda result: _fill(result, dense))
     _count(axis, "all_reduce", 2 * (axis.size - 1) * tensor.nbytes // axis.size)
     if axis.board is not None:
         return Pending(axis.board.all_reduce(tensor, op))
@@ -127,13 +143,15 @@ def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
 
 
 def all_gather_start(shard: Tensor, axis: Axis, out: Tensor | None = None, about: str = "") -> Pending:
-    """Begin `all_gather`. out: where the result goes, contiguous; the shard may be this rank's part of it.
+    """Begin `all_gather`. out: where the result goes, contiguous (else ValueError); the shard may be its part of it.
 
     about: what it is, the same text on every rank; where ranks share memory another one is an error.
     """
     if axis.group is None:
         return Pending(shard if out is None else out.copy_(shard))
-    shard = shard.contiguous()
+    shard = _dense(shard)
+    if out is not None and not out.is_contiguous():
+        raise ValueError(f"an all-gather writes its result in order, and out has strides {out.stride()}")
     _count(axis, "all_gather", (axis.size - 1) * shard.nbytes)
     whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:])) if out is None else out
     if axis.board is not None:
@@ -177,7 +195,7 @@ def reduce_scatter_start(whole: Tensor, axis: Axis, about: str = "") -> Pending:
     """Begin `reduce_scatter`; about: as for `all_gather_start`."""
     if axis.group is None:
         return Pending(whole)
-    whole = whole.contiguous()
+    whole = _dense(whole)
     _count(axis, "reduce_scatter", (axis.size - 1) * whole.nbytes // axis.size)
     shape = (whole.shape[0] // axis.size, *whole.shape[1:])
     if axis.board is not None:
@@ -208,21 +226,30 @@ def reduce_scatter(whole: Tensor, axis: Axis) -> Tensor:
 
 
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
-    """Copy the tensor of the axis's rank `source` to all, in place. Sends its bytes (n-1 times at the source)."""
-    if axis.group is not None:
-        if axis.rank == source:
-            _count(axis, "broadcast", (axis.size - 1) * tensor.nbytes)
-        if axis.board is not None and tensor.is_contiguous():
-            return axis.board.broadcast(tensor, source)
-        dist.broadcast(tensor, axis.ranks[source], group=axis.group)
+    """Copy the tensor of the axis's rank `source` to all, in place. Sends its bytes (n-1 times at the source).
+
+    Of any strided layout and any dtype: the elements go one after the other, as bytes.
+    """
+    if axis.group is None or tensor.numel() == 0:
+        return tensor
+    if axis.rank == source:
+        _count(axis, "broadcast", (axis.size - 1) * tensor.nbytes)
+    dense = _dense(tensor)  # gloo takes memory from the first element on, whatever the strides
+    if axis.board is not None:
+        axis.board.broadcast(dense, source)
+    else:
+        flat = dense.as_strided((dense.numel(),), (1,))  # a dim of one element may have any stride
+        dist.broadcast(flat.view(torch.uint8), axis.ranks[source], group=axis.group)
+    if dense is not tensor and axis.rank != source:
+        _fill(tensor, dense)
     return tensor
 
 
 def exchange(tensor: Tensor, axis: Axis, peer: int) -> Tensor:
     """Another rank's tensor of the same shape, in return for this one. Only the two take part: each sends its bytes."""
     _count(axis, "exchange", tensor.nbytes)
+    tensor = _dense(tensor)
     other = torch.empty_like(tensor)
-    tensor = tensor.contiguous()
     rank = axis.ranks[peer]
     ops = [dist.P2POp(dist.isend, tensor, rank, axis.group), dist.P2POp(dist.irecv, other, rank, axis.group)]
     for work in dist.batch_isend_irecv(ops):

@@ -136,9 +136,14 @@ def collect(model: nn.Module, mesh: Mesh) -> list[ParamSpec]:
 
 
 def _pieces(module: nn.Module, module_name: str, name: str, parameter: Tensor, mesh: Mesh) -> Iterator[ParamSpec]:
-    layouts = getattr(module, "layouts", {}).get(name, Layout(tuple(parameter.shape), owned=mesh.tensor.rank == 0))
+    said = getattr(module, "layouts", None)  # or something else of this name, of a module that knows nothing of it
+    layouts = said.get(name) if isinstance(said, Mapping) else None
+    if isinstance(layouts, Layout):
+        layouts = (layouts,)
+    if not isinstance(layouts, tuple) or not all(isinstance(layout, Layout) for layout in layouts):
+        layouts = (Layout(tuple(parameter.shape), owned=mesh.tensor.rank == 0),)
     start = 0
-    for layout in layouts if isinstance(layouts, tuple) else (layouts,):
+    for layout in layouts:
         box = layout.box or tuple((0, size) for size in layout.global_shape)
         rows = box[0][1] - box[0][0] if box else 1
         owner = module_name

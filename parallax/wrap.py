@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from parallax.comm import all_reduce, broadcast
 from parallax.config_fields import LOSSY
 from parallax.data.buckets import FlatBuffers
 from parallax.data.choose import CASTS, replicate
-from parallax.data.gather import block_of, find_blocks
+from parallax.data.gather import Hook, block_of, find_blocks
 from parallax.data.sync import BucketSync
 from parallax.data.zero import Zero
 from parallax.errors import ConfigError
@@ -32,7 +33,7 @@ from parallax.mesh import Mesh, cut_axis
 from parallax.params import collect
 from parallax.wrap_backward import AfterBackward
 from parallax.wrap_optimizer import Optimizer
-from parallax.wrap_rules import check_compression, check_module, check_output
+from parallax.wrap_rules import check_compression, check_join, check_module, check_output
 from parallax.wrap_watch import Unwrapped, Watch, check_free
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
@@ -94,7 +95,7 @@ class DataParallel(nn.Module):
         for tensor in [*module.parameters(), *module.buffers()]:
             broadcast(tensor.detach(), mesh.grad)
         decays = {n: not any(fnmatch(n, pattern) for pattern in no_decay) for n, _ in module.named_parameters()}
-        specs = [replace(spec, decay=spec.decay and decays[spec.parameter]) for spec in collect(module, mesh)]
+        specs = [replace(spec, decay=decays[spec.parameter]) for spec in collect(module, mesh)]  # as torch: biases too
         self.order = {spec.name: place for place, spec in enumerate(specs)}
         size = (shard_size or mesh.grad.size) if zero else 1
         self.shards, replicas = cut_axis(mesh, mesh.grad, ("data", "context"), size)
@@ -116,6 +117,7 @@ class DataParallel(nn.Module):
         cut = {"models": {0: module}, "shards": self.shards, "replicas": replicas, "keep": gather == "step"}
         self.sync: BucketSync
         if self.shards.size > 1:
+            import_module("torch._dynamo")  # as the first torch optimizer will; it keeps hooks out of torch.compile
             narrow = CASTS.get(compression)
             self.sync = Zero(mesh, flats, {}, learns=False, reduce_dtype=narrow, **cut)  # type: ignore[arg-type]
         else:
@@ -123,14 +125,21 @@ class DataParallel(nn.Module):
             self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
         self.lossy = compression in LOSSY
         looks = self.flat.level == 3 and gather == "block"
-        blocks_here = find_blocks(module) if looks else ()
-        self._handles = [block.register_forward_hook(partial(check_output, name)) for name, block in blocks_here]
+        checks = [(block, Hook(partial(check_output, name))) for name, block in (find_blocks(module) if looks else ())]
+        self._handles = [block.register_forward_hook(check) for block, check in checks]
         self.active, self._accumulating, self._joining = True, False, False
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
         self.after_backward = AfterBackward(self)
         self._when_loaded: list[Callable[[], None]] = []
         self._when_reduced: list[Callable[[], None]] = []
         self.begin_step()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copy and pickle ask for: neither the ranks nor what is under way between them can be copied."""
+        raise ConfigError(
+            "a wrapped module can be neither copied nor pickled; copy what is inside, where it is whole: "
+            "`with model.gathered(): copied = copy.deepcopy(model.module)`, or save model.state_dict()"
+        )
 
     def begin_step(self) -> None:
         """Gradients back to zero; what was under way is dropped."""
@@ -272,17 +281,7 @@ class DataParallel(nn.Module):
         at each clip, and the gradients once more where a script changed them and a rank is done. One join at a time.
         """
         joined = self.mesh.grad.joined
-        if joined:
-            raise ConfigError(
-                "a join over these ranks is under way, and a rank that is done can follow the steps of one model "
-                "alone: wrap one module that holds both, or give every rank as many batches"
-            )
-        if self.flat.level == 3:
-            raise ConfigError(
-                "join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches"
-            )
-        if self.lossy:
-            raise ConfigError("join weighs gradients anew, not what compression owes; leave out one of the two")
+        check_join(bool(joined), self.flat.level, self.lossy)
         self._joining = True
         joined.append(self)
         self.begin_step()
@@ -336,14 +335,17 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within it every parameter is whole and up to date on every rank; changes to them are lost."""
+        """Within it every parameter is whole and up to date on every rank, also after forwards, steps and another
+        gathered() within. What all ranks write into them stays, but at zero=3 is lost. All ranks enter it; at zero=3
+        evaluation within it sends nothing, and one rank may do it alone.
+        """
         if self.flat.level == 3:
             self._watch.check_memory()
-        self.sync.gather_all()
+        self.sync.hold()
         try:
             yield
         finally:
-            self.sync.reshard(0)
+            self.sync.release()
 
     def unwrap(self) -> nn.Module:
         """Give this wrap up, and return the module as one that was never wrapped: whole plain parameters, no hooks.

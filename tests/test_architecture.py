@@ -72,6 +72,7 @@ RANK = {
     "wrap_backward": 12.3,
     "wrap_watch": 12.3,
     "wrap_left_out": 12.3,
+    "wrap_state": 12.4,
     "wrap_optimizer": 12.5,
     "wrap": 13,
     "arrays": 13,

@@ -7,7 +7,8 @@ is needed as long as the stage runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from parallax.data.layout import Bucket
 from parallax.gradients import GradSink
 from parallax.mesh import Axis
 
-__all__ = ["Gather", "block_of", "find_blocks"]
+__all__ = ["Gather", "Hook", "block_of", "find_blocks"]
 
 
 SAME_BLOCKS = "With zero=3 all ranks must run the same blocks: else use gather=step or zero=2"
@@ -52,6 +53,26 @@ def block_of(model: nn.Module) -> dict[nn.Parameter, str | None]:
     return {parameter: found.pop() if len(found) == 1 else None for parameter, found in users.items()}
 
 
+class Hook:
+    """A hook of a Gather on a module. Copies of the module have a copy of it, which does nothing: their parameters are
+    their own and whole, and one rank alone may call them. torch.compile leaves it alone, where that is about.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        dynamo = sys.modules.get("torch._dynamo")  # two seconds to import, and who compiles has it
+        self._call = dynamo.disable(call) if dynamo is not None and call is not None else call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __deepcopy__(self, memo: Any) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> Any:
+        return Hook, ()
+
+
 class Gather:
     """Gathers one stage's buckets over `axis`.
 
@@ -67,13 +88,17 @@ class Gather:
         self._order = list(reversed(flat.early))
         self._pending: dict[Bucket, Pending] = {}
         self._resident: list[Bucket] = []
+        self._holds = 0
+        self._held: dict[Bucket, None] = {}  # whole for `hold` alone
+        self._kept: list[Bucket] = []  # whole after it too
         self._running: set[Bucket] = set()  # in their forward
         self._owing: dict[Bucket, set[nn.Parameter]] = {}  # in their backward: what has no gradient yet
         bucket_of = {p.parameter: b for b in flat.early for p in b.placed}
         blocks = block_of(model)
         root = {bucket_of[p] for p, block in blocks.items() if block is None and p in bucket_of}
-        self._handles: list[RemovableHandle] = []
-        self._handles.append(model.register_forward_pre_hook(lambda module, args: self._begin(root)))
+        # Here and below: before the hooks that are there already, which may read weights, as weight_norm's does.
+        begin = Hook(lambda module, args: self._begin(module, root))
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(begin, prepend=True)]
         for block in dict.fromkeys(block for _, block in find_blocks(model)):
             buckets = list(dict.fromkeys(bucket_of[p] for p in block.parameters() if p in bucket_of))
             if buckets:
@@ -81,15 +106,16 @@ class Gather:
 
     def _watch(self, block: nn.Module, buckets: list[Bucket]) -> None:
         if self.flat.level < 3:
-            self._handles.append(block.register_forward_pre_hook(lambda module, args: self._wait(buckets)))
+            wait = Hook(lambda module, args: self._wait(buckets))
+            self._handles.append(block.register_forward_pre_hook(wait, prepend=True))
             return
         (bucket,) = buckets
         if self.sink is not None:
             self.sink.through_autograd = True
-        self._handles += [
-            block.register_forward_pre_hook(lambda module, args: self._before_forward(bucket)),
-            block.register_forward_hook(lambda module, args, output: self._after_forward(bucket, output)),
-        ]
+        before = Hook(lambda module, args: self._before_forward(bucket))
+        after = Hook(lambda module, args, output: self._after_forward(bucket, output))
+        self._handles.append(block.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(block.register_forward_hook(after))
         for placed in bucket.placed:
             hook = placed.parameter.register_post_accumulate_grad_hook(lambda p: self.accumulated(bucket, p))
             self._handles.append(hook)
@@ -101,11 +127,13 @@ class Gather:
 
     # --- the whole stage ------------------------------------------------------------------------
 
-    def _begin(self, root: Iterable[Bucket]) -> None:
+    def _begin(self, model: nn.Module, root: Iterable[Bucket]) -> None:
         """The stage's forward begins: no backward is under way."""
         self._owing.clear()
         self.unshard()
         self._wait(root)
+        if self._holds and model.training and torch.is_grad_enabled():  # a rank alone may evaluate within a hold
+            self._kept = self._needed()
 
     def unshard(self) -> None:
         """Gather what no block holds; with `keep` begin to gather all."""
@@ -127,19 +155,47 @@ class Gather:
         """This rank's parameters have changed: send them to those that hold copies."""
         if self.flat.level == 3:
             self.reshard()
-            return
-        self._wait(list(self._pending))
-        late = self.flat.late
-        for bucket in ([late] if late else []) + self._order:
-            whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
+            self._kept = []
+            for bucket in self._held:
+                self._gather(bucket)
+        else:
+            self._wait(list(self._pending))
+            late = self.flat.late
+            for bucket in ([late] if late else []) + self._order:
+                self._gather(bucket)
+        if self._holds:
+            self.gather_all()
 
     def gather_all(self) -> None:
-        """Return when every parameter is whole."""
-        if self.flat.level == 3:
-            for bucket in self.flat.buckets:
-                self._start(bucket)
+        """Return when what is under way has come: below level 3, or within `hold`, every parameter is whole then."""
         self._wait(list(self._pending))
+
+    def hold(self) -> None:
+        """Return when every parameter is whole, and keep all so until as many `release` as `hold`."""
+        self._holds += 1
+        if self._holds == 1:
+            self._kept = self._needed()
+        for bucket in self.flat.buckets if self.flat.level == 3 else ():
+            if bucket not in self._resident and bucket not in self._held:
+                self._held[bucket] = None
+                self._gather(bucket)
+        self.gather_all()
+
+    def release(self) -> None:
+        """The end of a `hold`. What somebody wrote is lost at level 3, so what a backward still needs comes anew."""
+        self._holds -= 1
+        if self._holds or self.flat.level < 3:
+            return
+        self.reshard()
+        while self._held:
+            self.flat.drop(self._held.popitem()[0])
+        for bucket in self._kept:
+            self._start(bucket)
+        self._wait(self._kept)
+
+    def _needed(self) -> list[Bucket]:
+        """What a backward reads that no hook of its own brings: it must stay from the forward on."""
+        return [bucket for bucket in self._resident if bucket.late or self.keep]
 
     # --- one block ------------------------------------------------------------------------------
 
@@ -183,8 +239,14 @@ class Gather:
     def _start(self, bucket: Bucket) -> None:
         if bucket not in self._resident:
             self._resident.append(bucket)
-            whole = self.flat.whole_values(bucket)
-            self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
+            if bucket in self._held:
+                del self._held[bucket]
+            else:
+                self._gather(bucket)
+
+    def _gather(self, bucket: Bucket) -> None:
+        whole = self.flat.whole_values(bucket)
+        self._pending[bucket] = all_gather_start(self.flat.own_values(bucket), self.axis, whole, bucket.name)
 
     @torch.no_grad()
     def _wait(self, buckets: Iterable[Bucket]) -> None:
@@ -201,4 +263,7 @@ class Gather:
         self._wait([bucket])
         self._resident.remove(bucket)
         self._owing.pop(bucket, None)
-        self.flat.drop(bucket)
+        if self._holds:
+            self._held[bucket] = None
+        else:
+            self.flat.drop(bucket)

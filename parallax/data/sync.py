@@ -94,7 +94,7 @@ class BucketSync(ABC):
         for flat in self.flats.values():
             flat.zero_grads()
 
-    # Who holds every parameter whole has nothing to do in the next four: ZeRO alone has.
+    # Who holds every parameter whole has nothing to do in the next six: ZeRO alone has.
 
     def unshard(self, stage: int) -> None: ...  # noqa: B027
 
@@ -103,7 +103,12 @@ class BucketSync(ABC):
     def publish(self) -> None: ...  # noqa: B027
 
     def gather_all(self) -> None:  # noqa: B027
-        """Have every parameter whole and up to date, for who reads them outside of a forward."""
+        """Below level 3: have every parameter whole and up to date, for who reads them outside of a forward."""
+
+    def hold(self) -> None:  # noqa: B027
+        """The same at any level, and all stay whole and up to date until `release`. May be nested."""
+
+    def release(self) -> None: ...  # noqa: B027
 
     def remove(self) -> None:
         """Take its hooks off the parameters, and off the modules."""

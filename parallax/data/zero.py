@@ -104,3 +104,11 @@ class Zero(BucketSync):
         super().remove()
         for gather in self._gathers.values():
             gather.remove()
+
+    def hold(self) -> None:
+        for gather in self._gathers.values():
+            gather.hold()
+
+    def release(self) -> None:
+        for gather in self._gathers.values():
+            gather.release()

@@ -12,6 +12,9 @@ from parallax.data.buckets import FlatBuffers
 
 __all__ = ["Masters"]
 
+CHUNK, LARGE_CHUNK = 1 << 17, 1 << 24
+"""Elements that a CPU's cache holds; so many that a GPU has all it can do."""
+
 
 class Masters:
     """A few flat parameters a stage, one for each segment, in float32 or float64.
@@ -37,12 +40,17 @@ class Masters:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the model's own parameters as masters: they were loaded from elsewhere. A master that rounds to what was
-        loaded stays, so that it does not matter which of the two is loaded first."""
+        """Take over what was written into the model's own parameters. A master that rounds to what is there stays: so
+        it does not matter which of the two is loaded first, and nothing is lost where nothing was written.
+        """
         for stage, flat in self.flats.items() if self.apart else ():
             for segment, master in zip(flat.segments, self.masters[stage], strict=True):
                 values = flat.values_of(segment)
-                master.copy_(torch.where(master.to(values) == values, master, values.to(master)))
+                size = CHUNK if values.device.type == "cpu" else LARGE_CHUNK
+                for mine, theirs in zip(master.split(size), values.split(size), strict=True):
+                    same = mine.to(theirs) == theirs
+                    if same.device.type != "cpu" or not bool(same.all()):  # a GPU would have to be waited for
+                        mine.copy_(torch.where(same, mine, theirs.to(mine)))
 
 
 def narrow(flat: FlatBuffers) -> bool:

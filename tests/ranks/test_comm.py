@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -118,3 +119,65 @@ def test_groups_join_the_ranks_of_an_axis(ranks, name: str):
             assert found["sums"][axis] == sum(members)
             assert found["groups"][axis] == (len(members) == 1), "an axis of one rank has no group"
         assert found["ranks"]["grad"] == found["ranks"]["data"]
+
+
+LAYOUTS = {
+    "slice": lambda x: x.flatten()[::2],
+    "columns": lambda x: x[:, 1:4],
+    "transposed": lambda x: x.t(),
+    "expanded": lambda x: x[:, :1].expand(ROWS, 1000),
+    "0-d": lambda x: x[3, 2],
+    "empty": lambda x: x[:0],
+    "one of every two": lambda x: x.flatten()[::2][:1],
+    "conjugate": lambda x: torch.complex(x, -x).conj(),
+    "negated": lambda x: torch.complex(x, x).conj().imag,
+    "int16": lambda x: (x * 100).to(torch.int16),
+    "uint16": lambda x: (x * 100).abs().to(torch.uint16),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "bool": lambda x: x > 0,
+}
+"""Views of memory that has more before, between and after their elements; dtypes that gloo has not heard of."""
+
+
+def of_any_layout(shared: str) -> dict[str, Any]:
+    os.environ["PARALLAX_SHARED_MEMORY"] = shared
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    axis, found = mesh.data, {}
+    for name, view in LAYOUTS.items():
+        sent = comm.broadcast(view(values(axis.rank, torch.float64)), axis, source=1)
+        found[name] = sent.resolve_conj().to(torch.complex64)  # numbers of any dtype, which any pickle can hold
+    for name in ("slice", "columns", "transposed", "negated"):
+        memory = values(axis.rank, torch.float64)
+        found[f"sum {name}"] = comm.all_reduce(LAYOUTS[name](memory), axis).clone()
+        found[f"memory {name}"] = memory
+        found[f"gather {name}"] = comm.all_gather(LAYOUTS[name](values(axis.rank, torch.float64)), axis)
+        swapped = LAYOUTS[name](values(axis.rank, torch.float64))
+        found[f"exchange {name}"] = comm.exchange(swapped, axis, 1 - axis.rank).clone()
+    return found
+
+
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_what_is_sent_are_the_elements_whatever_the_strides_and_the_dtype(ranks, shared: str):
+    inputs = [values(rank, torch.float64) for rank in range(2)]
+    for rank, found in enumerate(ranks(2, of_any_layout, shared)):
+        for name, view in LAYOUTS.items():
+            assert found[name].equal(view(inputs[1]).resolve_conj().to(torch.complex64)), name
+        for name in ("slice", "columns", "transposed", "negated"):
+            views = [LAYOUTS[name](x) for x in inputs]
+            assert found[f"sum {name}"].equal(views[0] + views[1]), name
+            assert found[f"gather {name}"].equal(torch.cat(views)), name
+            assert found[f"exchange {name}"].equal(views[1 - rank]), name
+        # What lies between the elements is left alone.
+        assert found["memory slice"].flatten()[1::2].equal(inputs[rank].flatten()[1::2])
+        assert found["memory columns"][:, 0].equal(inputs[rank][:, 0])
+
+
+def test_a_gather_into_strides_is_an_error(ranks):
+    assert all("out has strides (1, 12)" in text for text in ranks(2, gather_into_strides))
+
+
+def gather_into_strides() -> str:
+    axis = init_mesh("2x1x1", device_type="cpu").data
+    with pytest.raises(ValueError) as error:
+        comm.all_gather_start(torch.ones(6, 5), axis, out=torch.empty(5, 12).t())
+    return str(error.value)

@@ -118,7 +118,7 @@ def resumed(zero: int, optimizer_first: bool) -> list[Tensor]:
                 loads = [(model, saved[0]), (optimizer, saved[1])]
                 for target, state in reversed(loads) if optimizer_first else loads:
                     target.load_state_dict(state)
-        found.append(torch.cat([m.flatten() for m in optimizer.state_dict()["masters"]]))
+        found.append(torch.cat([m.flatten() for m in optimizer.whole_state_dict()["masters"].values()]))
     return found
 
 
