@@ -123,11 +123,10 @@ class DataParallel(nn.Module):
         else:
             lossy = {"compression_rank": compression_rank, "compression_ratio": compression_ratio}
             self.sync = replicate(mesh, flats, {}, learns=False, compression=compression, **lossy)  # type: ignore[arg-type]
-        self.lossy = compression in LOSSY
         looks = self.flat.level == 3 and gather == "block"
         checks = [(block, Hook(partial(check_output, name))) for name, block in (find_blocks(module) if looks else ())]
         self._handles = [block.register_forward_hook(check) for block, check in checks]
-        self.active, self._accumulating, self._joining = True, False, False
+        self.lossy, self.active, self._accumulating, self._joining = compression in LOSSY, True, False, False
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
         self.after_backward = AfterBackward(self)
         self._when_loaded: list[Callable[[], None]] = []
@@ -357,7 +356,7 @@ class DataParallel(nn.Module):
             raise ConfigError("unwrap within join would leave the other ranks alone; unwrap after it")
         if self.flat.level == 3:
             self._watch.check_memory()
-        self.sync.gather_all()
+        self.sync.hold()
         self.begin_step()
         self.flat.give_back()
         self.sync.remove()
