@@ -111,17 +111,17 @@ class Run:
         return f"{self.batch.equation}\n{self.plan.describe()}{self._warn_of_memory()}"
 
     def _warn_of_memory(self) -> str:
-        """A line more where more is predicted than this device has, or this machine for all its ranks."""
-        schedule, each = self.plan.schedule, self.mesh.shape.size // self.mesh.pipeline.size
-        wanted = [sum(self.plan.memory[s].total for s in schedule.stages_of(r)) for r in range(schedule.num_ranks)]
-        ranks = range(self.mesh.rank, self.mesh.rank + 1)
-        if self.mesh.device.type == "cpu":
-            first = self.mesh.rank - int(os.environ.get("LOCAL_RANK", "0"))
-            ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        need, has = sum(wanted[rank // each] for rank in ranks), memory_bytes(self.mesh.device)
+        """A line more where more is predicted than a device like this has, or for all ranks of a machine like this."""
+        schedule, size = self.plan.schedule, self.mesh.shape.size
+        each = size // self.mesh.pipeline.size
+        wanted = [sum(self.plan.memory[s].total for s in schedule.stages_of(r // each)) for r in range(size)]
+        on_cpu = self.mesh.device.type == "cpu"
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1
+        need = max(sum(wanted[first : first + local]) for first in range(0, size, local))
+        has = memory_bytes(self.mesh.device)
         if need <= has:
             return ""
-        who = "this machine's ranks" if self.mesh.device.type == "cpu" else "a rank"
+        who = "the ranks of a machine" if on_cpu else "a rank"
         return (
             f"\nWARNING: {format_bytes(need)} are predicted for {who}, and there are {format_bytes(has)}; a smaller "
             "batch.microbatch_size, recompute=full, data.zero or more tensor and pipeline ranks need less"
@@ -314,8 +314,9 @@ def _canonical_order(specs: Mapping[int, Sequence[ParamSpec]], mesh: Mesh, confi
     twice = {name for name, times in Counter(order).items() if times > 1}
     if twice:
         raise ConfigError(f"more than one stage holds {', '.join(sorted(twice)[:5])}; tie them or rename one")
-    for pattern in config.no_decay or ():
-        if not fnmatch.filter(order, pattern):
-            close = difflib.get_close_matches(pattern, order, 1) or order[:1]
-            raise ConfigError(f"optimizer.no_decay={pattern} is no parameter's name; names are such as {close[0]}")
+    called = {*order, *(tensor for _, table in every for _, tensor, _, tied in table if tied)}
+    unmet = [pattern for pattern in config.no_decay or () if not fnmatch.filter(called, pattern)]
+    if wrong := [each for each in unmet if not set(each) & set("*?[") or len(unmet) == len(config.no_decay or ())]:
+        close = difflib.get_close_matches(wrong[0], order, 1) or order[:1]
+        raise ConfigError(f"optimizer.no_decay={wrong[0]} is no parameter's name; names are such as {close[0]}")
     return {name: place for place, name in enumerate(order)}

@@ -21,17 +21,19 @@ __all__ = ["pick", "require_compiler"]
 Function = Callable[..., Any]
 
 
-def pick(function: Function, wish: bool) -> Function:
-    """The function itself, or, if it is wished for, its compiled form."""
-    return _compiled(function) if wish else function
+def pick(function: Function, wish: bool, each_shape: bool = False) -> Function:
+    """The function itself, or, if it is wished for, its compiled form.
+
+    each_shape: compiled for every shape anew, up to torch's limit of 8, instead of once for all after the second.
+    """
+    return _compiled(function, each_shape) if wish else function
 
 
 @functools.cache
-def _compiled(function: Function) -> Function:
+def _compiled(function: Function, each_shape: bool) -> Function:
     import torch
 
-    # Each shape for itself: a step's do not change, and torch 2.13 fails to compile some functions once for all shapes.
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False if each_shape else None)
 
 
 def require_compiler(device_type: str) -> None:

@@ -71,13 +71,14 @@ class NotFiniteError(ParallaxError, FloatingPointError):
 def report(error: ParallaxError) -> None:
     """Print an error, in one line, on rank 0 where every rank has it; the caller exits with 2 then.
 
-    torchrun ends all ranks once one has exited, so the others wait here until rank 0 has had the time to speak. Who is
-    still there afterwards has an error of its own, and says it. For a program's last act, in its main thread.
+    torchrun ends all ranks of a machine once one has exited, so the others wait here until rank 0 has had the time to
+    speak. Who is still there afterwards has an error of its own, or is on another machine, where the first rank then
+    speaks for all; and says it. For a program's last act, in its main thread.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that trains takes it as a wish to end after the step
-    time.sleep(GRACE_S)
+    time.sleep(GRACE_S if os.environ.get("LOCAL_RANK") == "0" else 1.5 * GRACE_S)
     print(f"[rank {rank} of {os.environ.get('WORLD_SIZE', '1')}] error: {error}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def memory_bytes(device: torch.device) -> int:
     """What the device has, or this machine for all its ranks: its own, or what a container may use of it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.get_device_properties(device).total_memory
     least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # "max" is no number

@@ -29,15 +29,9 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
         try:
             if config.resume not in ("none", "auto"):  # so that a name that is none leaves no directory behind
                 checkpoint.read_manifest(checkpoint.place(config.resume))
+            if config.resume == "none":
+                _refuse_to_mix(config)
             directory = _next_run(Path("runs")) if config.output == "auto" else Path(config.output)
-            found = checkpoint.latest(checkpoints_of(config, directory)) if config.resume == "none" else None
-            if found is not None:
-                raise ConfigError(
-                    f"output={directory} already holds {found}; resume=auto goes on from it, another output starts anew"
-                    if config.checkpoint.directory is None
-                    else f"checkpoint.directory={config.checkpoint.directory} already holds {found}; resume=auto goes "
-                    "on from it, another directory starts anew"
-                )
             checkpoint.make_directories(directory, 0o777)
             answer = {"output": str(directory)}
         except (OSError, ParallaxError) as error:
@@ -49,6 +43,21 @@ def prepare_output(config: Config, mesh: Mesh) -> Path:
     if "error" in answer:
         raise ConfigError(answer["error"])
     return Path(answer["output"])
+
+
+def _refuse_to_mix(config: Config) -> None:
+    """Raise ConfigError where a run that begins anew would save beside another's checkpoints."""
+    elsewhere = config.checkpoint.directory
+    if elsewhere is None and config.output == "auto":  # a directory that is not there yet
+        return
+    found = checkpoint.latest(checkpoints_of(config, Path(config.output)))
+    if found is not None:
+        raise ConfigError(
+            f"output={config.output} already holds {found}; resume=auto goes on from it, another output starts anew"
+            if elsewhere is None
+            else f"checkpoint.directory={elsewhere} already holds {found}; resume=auto goes on from it, another "
+            "directory starts anew"
+        )
 
 
 def checkpoints_of(config: Config, output: Path) -> Place:

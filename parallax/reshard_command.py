@@ -110,8 +110,9 @@ def _config(manifest: Manifest, overrides: Mapping[str, object]) -> Config:
             f"{manifest.path} has {number} microbatches, and a schedule of more than {MOST_MICROBATCHES} takes long; "
             "add batch.num_microbatches and batch.microbatch_size, which change nothing in the files"
         )
-    # Whether that mesh can multiply in 8 bits is for the run that loads the files: they are the same in any dtype.
-    if problems := check(config, unread=("dtype",)):
+    # Whether that mesh can multiply in 8 bits is for the run that loads the files: they are the same in any dtype. And
+    # what is traced is no matter of theirs.
+    if problems := check(config, unread=("dtype", "trace")):
         raise ConfigError("; ".join(problems))
     return config
 

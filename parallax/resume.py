@@ -84,14 +84,11 @@ class Checkpoints:
             raise CheckpointError(problem)
 
     def _own_directories(self) -> list[Path]:
-        """What no other run may write into meanwhile. Other stores than directories have no locks: there the output's
-        keeps this machine's runs apart.
+        """What no other run may write into meanwhile: the output, and where the checkpoints are. A store that is no
+        directory has no locks; there the output's keeps this machine's runs apart.
         """
-        if not isinstance(self.directory, Path):
-            return [self.output]
-        if self.run.config.checkpoint.directory is None:  # within the output
-            return [self.directory]
-        return list({path.resolve(): path for path in (self.output, self.directory)}.values())
+        checkpoints = [self.directory] if isinstance(self.directory, Path) else []
+        return list({path.resolve(): path for path in (self.output, *checkpoints)}.values())
 
     def save_or_warn(self, state: TrainState, *, last: bool) -> str:
         """Save; returns what to say. A save that fails leaves everything as it was: the run goes on and tries again

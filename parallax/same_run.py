@@ -7,6 +7,7 @@ them: weights of 4 heads have the shapes of weights of 8.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from parallax.config import Config, ModelConfig
@@ -19,8 +20,8 @@ SAMPLES = ("seed", "batch.global_size", "corpus.source", "corpus.sequence_length
 """What decides which samples a step sees."""
 FREE = ("dropout", "init_std", "vocab_multiple", "max_positions")
 """The keys under model that may differ: they change nothing of what the weights compute, or their shapes tell."""
-STATE = ("optimizer.name", "optimizer.state_dtype")
-"""What decides which moments there are, and of which dtype."""
+STATE = ("optimizer.name",)
+"""What decides which moments there are; of which dtype, they say themselves."""
 
 
 def refuse_another_run(path: object, saved: Mapping[str, Any], config: Config, global_size: int) -> None:
@@ -47,15 +48,18 @@ def refuse_another_run(path: object, saved: Mapping[str, Any], config: Config, g
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model with what its keys leave to be derived, and without what it makes no use of."""
-    keys = dict(config.get("model", {}))
+    """The model's keys with what they leave to be derived, and without what it makes no use of."""
+    saved = config.get("model")
+    known = {field.name for field in fields(ModelConfig)}
+    keys = {key: value for key, value in saved.items() if key in known} if isinstance(saved, Mapping) else {}
+    if keys.get("positions") != "rotary":
+        keys.pop("rope_theta", None)
     try:
         model = ModelConfig(**keys)
         derived = {"kv_heads": model.num_kv_heads, "head_dim": model.head_size, "ffn": model.ffn_size}
-    except (ConfigError, TypeError, ValueError, ArithmeticError):  # of another version, or damaged
+    except (ConfigError, TypeError, ValueError, ArithmeticError):  # damaged: what there is, is compared
         derived = {}
-    unused = ("rope_theta",) if keys.get("positions") != "rotary" else ()
-    return {"model": {key: value for key, value in (keys | derived).items() if key not in unused}}
+    return {"model": keys | {key: value for key, value in derived.items() if key in keys}}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> str:

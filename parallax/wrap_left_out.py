@@ -31,6 +31,7 @@ class LeftOut:
     @contextmanager
     def kept(self, names: Collection[str]) -> Iterator[None]:
         """Around a step that passes by the named parameters of the module."""
+        names = sorted(names)  # every rank names the same one
         back = next((name for name in self._missed if name not in names), None)
         if back is not None and self._counts():
             kind = type(self._optimizer.inner).__name__

@@ -63,8 +63,9 @@ def _check_entries(manifest: Manifest, entries: Sequence[Entry]) -> None:
             )
         wanted = NAMES.get(entry.tensor.dtype, str(entry.tensor.dtype))
         if saved.dtype != wanted:
+            keys = "dtype" if entry.name.startswith("parameters/") else "dtype and optimizer.state_dtype"
             raise CheckpointError(
-                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants {wanted}; set dtype as it was"
+                f"{manifest.path} has {entry.name} as {saved.dtype}, this run wants {wanted}; set {keys} as before"
             )
         check_entry(entry)
 

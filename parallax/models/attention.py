@@ -3,6 +3,7 @@ positions; keyed dropout."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,13 +39,17 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, table: Tensor, num_heads: int, compiled: bool) -> Tensor:
         ctx.num_heads, ctx.compiled = num_heads, compiled
         ctx.save_for_backward(table)
-        return pick(_rotated, compiled)(x, table[:, 0, None], table[:, 1, None], num_heads)
+        return _rotation(compiled)(x, table[:, 0, None], table[:, 1, None], num_heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (table,) = ctx.saved_tensors
-        rotated = pick(_rotated, ctx.compiled)
+        rotated = _rotation(ctx.compiled)
         return rotated(grad, table[:, 0, None], -table[:, 1, None], ctx.num_heads), None, None, None
+
+
+def _rotation(compiled: bool) -> Callable[..., Tensor]:
+    return pick(_rotated, compiled, each_shape=True)  # torch 2.13 fails to compile it once for all shapes
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:

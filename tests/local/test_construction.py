@@ -49,7 +49,7 @@ def test_more_memory_than_there_is_is_foretold(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(assemble, "memory_bytes", lambda device: need)
     assert "WARNING" not in run.describe()
     monkeypatch.setattr(assemble, "memory_bytes", lambda device: need - 1)
-    assert f"WARNING: {memory.format_bytes(need)} are predicted for this machine's ranks, and there" in run.describe()
+    assert f"WARNING: {memory.format_bytes(need)} are predicted for the ranks of a machine, and there" in run.describe()
 
 
 def test_what_a_machine_has_is_bounded_by_its_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

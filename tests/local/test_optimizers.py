@@ -171,6 +171,18 @@ def test_fused_weights_decay_alike():
         start("1x1x1", **LLAMA, **{"optimizer.no_decay": "*.attention.q.weight"})
 
 
+@pytest.mark.parametrize("patterns", ["*embedding*,head.*", "*.bias,*norm*", "*norm*"])
+def test_patterns_that_most_models_know_may_match_nothing_in_this_one(patterns: str):
+    """The head of a tied model has the embedding's name; a model without biases has none."""
+    start("1x1x1", **TIED, **{"optimizer.no_decay": patterns})
+
+
+@pytest.mark.parametrize("patterns", ["layer.1.*", "*norm*,head.wieght", "*.bias,*.biases"])
+def test_a_name_that_no_parameter_has_is_refused(patterns: str):
+    with pytest.raises(ConfigError, match="is no parameter's name; names are such as "):
+        start("1x1x1", **TIED, **{"optimizer.no_decay": patterns})
+
+
 def test_gradients_are_there_for_the_reference():
     """The reference would agree with anything if there were none."""
     run, state = start("1x1x1", **LLAMA)

@@ -190,7 +190,7 @@ def test_the_tool_reads_urls(bucket: RemotePath, capsys):
     assert main(["checkpoint", "show", one]) == 0
     assert main(["checkpoint", "prune", str(bucket), "keep=1"]) == 0
     assert names(bucket) == ["step-00000002"]
-    assert main(["checkpoint", "verify", one]) == 1
+    assert main(["checkpoint", "verify", one]) == 2
 
 
 def test_a_store_that_nobody_knows_is_one_clear_error(capsys):

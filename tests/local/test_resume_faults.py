@@ -19,6 +19,7 @@ from parallax.mesh import init_mesh
 from parallax.resume import Checkpoints, prepare_output
 from parallax.step import TrainState
 from tests.cases import LLAMA, TIED, advance, make_config, start
+from tests.local.test_checkpoint_damage import edit
 
 CASE = LLAMA | TIED | {"dtype": "float32", "model.layers": 2, "checkpoint.keep": 0}
 
@@ -59,8 +60,9 @@ def test_a_run_that_the_lock_refuses_writes_nothing(tmp_path: Path):
     with pytest.raises(CheckpointError, match="in use by another run"):
         other.take_lock()
     assert (tmp_path / "config.yaml").read_text() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
-    checkpoints.locks[0].release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "config.yaml"]
+    while checkpoints.locks:
+        checkpoints.locks.pop().release()
     other.take_lock()
     assert (tmp_path / "config.yaml").read_text() == before, "it is not accepted yet"
     other.resume(its)
@@ -77,7 +79,10 @@ OTHERS = {
     "norm_eps": ({"model.norm_eps": 0.5}, "model.norm_eps was 1e-05, is 0.5"),
     "samples": ({"seed": 7}, "other samples .seed was 1234, is 7"),
     "optimizer": ({"optimizer.name": "lion"}, "another optimizer's state .optimizer.name was adamw, is lion"),
-    "moments": ({"optimizer.state_dtype": "bfloat16"}, "state_dtype was float32, is bfloat16"),
+    "moments": (
+        {"optimizer.state_dtype": "bfloat16"},
+        "as F32, this run wants BF16; set dtype and optimizer.state_dtype as",
+    ),
 }
 
 
@@ -109,6 +114,24 @@ def test_the_same_model_in_other_words_goes_on(tmp_path: Path, changes: dict[str
     assert "at step 1 of" in other.resume(its)
 
 
+def test_a_key_that_this_version_does_not_know_is_no_difference(tmp_path: Path):
+    first, state = begin(tmp_path)
+    train(first, state, 1)
+    path = checkpoint.find(first.directory)[-1]
+    for change in ({"of_a_later_version": 1}, {"qk_norm": ...}):
+        edit(path, lambda manifest, change=change: _change(manifest["state"]["config"]["model"], change))
+        other, its = begin(tmp_path, resume="auto")
+        assert "at step 1 of" in other.resume(its)
+
+
+def _change(keys: dict[str, Any], change: dict[str, Any]) -> None:
+    for key, value in change.items():
+        if value is ...:
+            del keys[key]
+        else:
+            keys[key] = value
+
+
 def test_a_checkpoint_that_is_not_there_makes_no_directory(tmp_path: Path):
     config = make_config("1x1x1", output=str(tmp_path / "new"), resume=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=f"{tmp_path / 'nothing'}"):
@@ -128,9 +151,10 @@ def test_runs_of_one_output_with_checkpoints_elsewhere_do_not_mix(tmp_path: Path
     output = tmp_path / "output"
     checkpoints, _ = begin(output, **{"checkpoint.directory": str(tmp_path / "a")})
     checkpoints.take_lock()
-    other, _ = begin(output, **{"checkpoint.directory": str(tmp_path / "b")})
-    with pytest.raises(CheckpointError, match=f"{output} is in use by another run"):
-        other.take_lock()
+    for wish in (str(tmp_path / "b"), f"file://{tmp_path}/c", None):
+        other, _ = begin(output, **{"checkpoint.directory": wish})
+        with pytest.raises(CheckpointError, match=f"{output} is in use by another run"):
+            other.take_lock()
     same, _ = begin(tmp_path / "another", **{"checkpoint.directory": str(tmp_path / "a")})
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'a'} is in use by another run"):
         same.take_lock()

@@ -57,7 +57,7 @@ def test_the_flat_optimizer_is_torch_s_adamw():
     run, state = start("1x1x1", **changes | {"batch.num_microbatches": 6})
     ours = advance(run, state, 5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(countdown.Countdown, "_by_autograd", lambda self, placed: lambda parameter: None)
+        patch.setattr(countdown.Countdown, "_by_autograd", lambda self, placed, parameter: None)
         theirs = reference_steps(changes, 5)
     assert max(norm for _, norm in ours) > 0.2, "the clip is at work"
     for (loss, norm), (other, other_norm) in zip(ours, theirs, strict=True):

@@ -376,7 +376,7 @@ def test_errors_come_from_one_rank_and_every_rank_exits_with_two(rank, speaks, c
         streams = capsys.readouterr()
         assert caught.value.code == 2 and streams.out == ""
         assert streams.err.startswith(f"{speaks}steps=0 is too small")
-    assert waited == ([(10.0, "")] * 2 if rank == "1" else [])
+    assert waited == ([(15.0, "")] * 2 if rank == "1" else [])
 
 
 def test_a_good_command_line_is_the_config(capsys, monkeypatch):

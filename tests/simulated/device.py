@@ -16,12 +16,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["Device", "build", "install", "why_not"]
 
 SOURCE = Path(__file__).with_name("device.cpp")
-NAME, CAPABILITY = "NVIDIA H100 80GB HBM3", (9, 0)
+NAME, CAPABILITY, TOTAL_BYTES = "NVIDIA H100 80GB HBM3", (9, 0), 85_000_000_000
 
 
 def _torch() -> Path:
@@ -137,6 +138,7 @@ def install(library: Path) -> Device:
         "set_device": lambda index: None,
         "get_device_name": lambda *_: NAME,
         "get_device_capability": lambda *_: CAPABILITY,
+        "get_device_properties": lambda *_: SimpleNamespace(name=NAME, total_memory=TOTAL_BYTES),
         "synchronize": device.synchronize,
         "memory_allocated": lambda *_: device.held,
         "max_memory_allocated": lambda *_: device.peak,
