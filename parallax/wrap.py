@@ -33,7 +33,7 @@ from parallax.mesh import Mesh, cut_axis
 from parallax.params import collect
 from parallax.wrap_backward import AfterBackward
 from parallax.wrap_optimizer import Optimizer
-from parallax.wrap_rules import check_compression, check_join, check_module, check_output
+from parallax.wrap_rules import check_compression, check_dropped, check_join, check_module, check_output
 from parallax.wrap_watch import Unwrapped, Watch, check_free
 
 __all__ = ["DataParallel", "Optimizer", "data_parallel", "optimizer"]
@@ -126,7 +126,7 @@ class DataParallel(nn.Module):
         looks = self.flat.level == 3 and gather == "block"
         checks = [(block, Hook(partial(check_output, name))) for name, block in (find_blocks(module) if looks else ())]
         self._handles = [block.register_forward_hook(check) for block, check in checks]
-        self.lossy, self.active, self._accumulating, self._joining = compression in LOSSY, True, False, False
+        self.lossy, self.active, self.accumulating, self.joining = compression in LOSSY, True, False, False
         self.num_active, self._source, self._buffers_sent = mesh.grad.size, 0, False
         self.after_backward = AfterBackward(self)
         self._when_loaded: list[Callable[[], None]] = []
@@ -144,7 +144,7 @@ class DataParallel(nn.Module):
         """Gradients back to zero; what was under way is dropped."""
         self.sync.wait()
         self.sync.zero()
-        self.flat.grad_scale = 1.0 if self._joining else 1.0 / self.mesh.grad.size
+        self.flat.grad_scale = 1.0 if self.joining else 1.0 / self.mesh.grad.size
         self.armed = self.reduced = False
         self.after_backward.reset()
         self.left_out: set[str] = set()
@@ -155,6 +155,7 @@ class DataParallel(nn.Module):
 
     def drop_gradients(self) -> None:
         """Forget the gradients so far; a forward that has begun the step stays its beginning."""
+        check_dropped(self.joining and self.reduced and self.num_active < self.mesh.grad.size)
         self.sync.wait()
         self.sync.zero()
         self.armed = self.armed and not self.reduced  # after its backward the forward's step is over
@@ -163,7 +164,7 @@ class DataParallel(nn.Module):
             self.sync.arm(0)
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        trains = self.training and torch.is_grad_enabled() and not self._accumulating
+        trains = self.training and torch.is_grad_enabled() and not self.accumulating
         if trains and self.reduced and self._dropped_by_hand():
             self.drop_gradients()
         if trains and not self.armed:
@@ -180,7 +181,7 @@ class DataParallel(nn.Module):
         return self.flat.level == 0 and all(placed.parameter.grad is None for placed in self.flat.placed)
 
     def _begin(self) -> None:
-        if self._joining:
+        if self.joining:
             self.agree(active=True)
         self._arm()
 
@@ -217,15 +218,15 @@ class DataParallel(nn.Module):
 
         They add up apart from param.grad, which shows none: to drop them is `model.zero_grad()`.
         """
-        before, self._accumulating = self._accumulating, True
+        before, self.accumulating = self.accumulating, True
         waits = self.armed and not self.reduced  # a forward has begun the step; its backward is still to come
         if waits:
             self.sync.disarm(0)
         try:
             yield
         finally:
-            self._accumulating = before
-            if waits and not before:
+            self.accumulating = before
+            if waits and self.armed and not before:
                 self.sync.arm(0)
 
     def reduce(self) -> None:
@@ -237,7 +238,7 @@ class DataParallel(nn.Module):
         self.flat.add_given()
         self.sync.reduce(0)
         self.sync.finish()
-        if self._joining:  # only now is it known how many took part
+        if self.joining:  # only now is it known how many took part
             for segment in self.flat.segments:
                 self.flat.grads_of(segment).mul_(1.0 / self.num_active)
         self.left_out = {placed.name for placed in self.flat.left_out()}
@@ -281,26 +282,22 @@ class DataParallel(nn.Module):
         """
         joined = self.mesh.grad.joined
         check_join(bool(joined), self.flat.level, self.lossy)
-        self._joining = True
-        joined.append(self)
         self.begin_step()
+        self.joining, self.flat.grad_scale = True, 1.0
+        joined.append(self)
         try:
             yield
+            promised = self.armed and not self.reduced  # the others wait for the backward of this forward
+            self.drop_gradients()
+            if promised:
+                optimizer.step()
             while self.agree(active=False):
                 self._arm()
                 optimizer.step()
         finally:
             joined.clear()
-            self._joining, self.active, self.num_active, self._source = False, True, self.mesh.grad.size, 0
+            self.joining, self.active, self.num_active, self._source = False, True, self.mesh.grad.size, 0
         self.begin_step()
-
-    @property
-    def accumulating(self) -> bool:
-        return self._accumulating
-
-    @property
-    def joining(self) -> bool:
-        return self._joining
 
     def agree(self, *, active: bool) -> int:
         """How many ranks have a batch for the coming step."""
@@ -340,11 +337,13 @@ class DataParallel(nn.Module):
         """
         if self.flat.level == 3:
             self._watch.check_memory()
-        self.sync.hold()
+        sync = self.sync
+        sync.hold()
         try:
             yield
         finally:
-            self.sync.release()
+            if self.sync is sync:  # it is not unwrapped
+                sync.release()
 
     def unwrap(self) -> nn.Module:
         """Give this wrap up, and return the module as one that was never wrapped: whole plain parameters, no hooks.
@@ -352,7 +351,7 @@ class DataParallel(nn.Module):
         On every rank alike: at zero=3 it gathers. Gradients are dropped; neither this model nor its optimizer trains
         any more.
         """
-        if self._joining:
+        if self.joining:
             raise ConfigError("unwrap within join would leave the other ranks alone; unwrap after it")
         if self.flat.level == 3:
             self._watch.check_memory()

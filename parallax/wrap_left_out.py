@@ -4,8 +4,9 @@ segments with others."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class LeftOut:
     def __init__(self, optimizer: FlatOptimizer, flat: FlatBuffers) -> None:
         self._optimizer, self._flat = optimizer, flat
         self._missed: dict[str, int] = {}
+
+    def saved(self) -> dict[str, dict[str, int]]:
+        """For a state dict: how many steps each parameter has missed by now, where there are such."""
+        return {"left_out": dict(self._missed)} if self._missed else {}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        self._missed = dict(saved.get("left_out", {}))
 
     @contextmanager
     def kept(self, names: Collection[str]) -> Iterator[None]:

@@ -209,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
     def _saved(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         for hook in self._hooks["state_dict_pre"].values():
             hook(self)
-        state_dict = make()
+        state_dict = make() | self._left_out.saved()
         for hook in self._hooks["state_dict_post"].values():
             found = hook(self, state_dict)
             state_dict = state_dict if found is None else found
@@ -224,5 +224,6 @@ class Optimizer(torch.optim.Optimizer):
             found = hook(self, state_dict)
             state_dict = state_dict if found is None else found
         self._state.load(state_dict)
+        self._left_out.load(state_dict)
         for hook in self._hooks["load_state_dict_post"].values():
             hook(self)

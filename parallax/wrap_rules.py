@@ -15,7 +15,7 @@ from parallax.data.choose import CASTS
 from parallax.errors import ConfigError
 from parallax.mesh import Mesh
 
-__all__ = ["check_compression", "check_elementwise", "check_join", "check_module", "check_output"]
+__all__ = ["check_compression", "check_dropped", "check_elementwise", "check_join", "check_module", "check_output"]
 
 
 NOT_ELEMENTWISE = re.compile(
@@ -118,3 +118,12 @@ def check_join(under_way: bool, level: int, lossy: bool) -> None:
         raise ConfigError("join cannot follow the gatherings of zero=3; use zero=2, or give every rank as many batches")
     if lossy:
         raise ConfigError("join weighs gradients anew, not what compression owes; leave out one of the two")
+
+
+def check_dropped(awaited: bool) -> None:
+    """Raise ConfigError where gradients are dropped of a step that others take part in."""
+    if awaited:
+        raise ConfigError(
+            "within join the ranks that are done wait for a step after this backward; make it, with gradients times "
+            "zero if it shall change nothing, instead of dropping them"
+        )

@@ -243,10 +243,10 @@ class FlatBuffers(FlatLayout):
         """Let `param.grad` be the buffer, where a rank has all of it, until the next step begins."""
         passed = self.left_out()
         for placed in self.placed if self.level == 0 else ():
+            if not self._shows:
+                placed.parameter.grad_dtype = None  # a script may assign one of the parameter's own dtype
             if placed in passed:
                 continue
-            if not self._shows:
-                placed.parameter.grad_dtype = self.grad_dtype
             placed.parameter.grad = self._memory(placed).detach()  # an alias: its owner may give it other memory
         if self.level == 0 and not self._shown:
             self._shown = [(placed, self._memory(placed).data_ptr()) for placed in self.placed]

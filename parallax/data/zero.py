@@ -79,6 +79,10 @@ class Zero(BucketSync):
     def wait(self) -> None:
         while self._pending:
             self._retire()
+
+    def finish(self) -> None:
+        super().finish()
+        # Here and not in `wait`, which whoever drops gradients calls too, on one rank alone.
         own = [flat.own_grads(bucket) for flat in self.flats.values() for bucket in flat.buckets]
         sums = [all_reduce_start(self.to_send(grads), self.replicas) for grads in own] if self.replicas.size > 1 else []
         for grads, pending in zip(own, sums, strict=False):

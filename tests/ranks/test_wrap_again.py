@@ -96,3 +96,18 @@ def test_what_is_unwrapped_has_memory_of_its_own():
     assert all(p.equal(b) and p.grad is None for p, b in zip(module.parameters(), before, strict=True))
     module(batch(0, 0).bfloat16()).float().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in module.parameters())
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_module_may_be_unwrapped_where_it_is_gathered(zero: int):
+    module = net()
+    before = [p.detach().clone() for p in module.parameters()]
+    model = parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"), zero=zero)
+    with model.gathered():
+        model.unwrap()
+    assert all(p.equal(b) for p, b in zip(module.parameters(), before, strict=True))
+    model = parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"), zero=zero)
+    model(batch(0, 0))
+    with model.accumulate():
+        model.unwrap()
+    module(batch(0, 0)).mean().backward()

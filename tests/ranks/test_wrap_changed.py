@@ -147,6 +147,33 @@ def frozen(kind: str, spans: list[int], zero: int | None, rank: int, dtype: torc
     return state, [str(w.message) for w in caught if "left out" in str(w.message)]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_left_out_is_known_after_a_restart(whole: bool):
+    mesh = init_mesh("1x1x1", device_type="cpu")
+
+    def begin() -> tuple[Any, Any]:
+        model = parallax.data_parallel(net(), mesh)
+        return model, parallax.optimizer(model, torch.optim.AdamW, lr=0.01)
+
+    def step(model: Any, optimizer: Any) -> None:
+        model(batch(0, 0)).square().mean().backward()
+        optimizer.step()
+
+    model, optimizer = begin()
+    model.module[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="left out"):
+        step(model, optimizer)
+    saved = optimizer.whole_state_dict() if whole else optimizer.state_dict()
+    again, its = begin()
+    its.load_state_dict(saved)
+    with pytest.raises(ConfigError, match="0.bias was left out of 1 steps"):
+        step(again, its)
+    its.load_state_dict(begin()[1].state_dict())  # of one that left out nothing
+    step(*begin())
+    again.zero_grad()
+    step(again, its)
+
+
 def frozen_on_ranks(kind: str, spans: list[int], zero: int) -> Any:
     mesh = init_mesh("2x1x1", device_type="cpu")
     try:

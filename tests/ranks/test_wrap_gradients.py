@@ -230,3 +230,37 @@ def test_who_looks_at_gradients_that_add_up_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(model.parameters())
+
+
+def sent_by_groups() -> list[dict[str, int]]:
+    """Over the copies of a shard, in a step and in what drops gradients."""
+    mesh = init_mesh("4x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh, zero=1, shard_size=2)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    copies, sent = model.sync.replicas, []
+    for act in (lambda: model(batch(mesh.rank, 0)).square().mean().backward(), optimizer.step, model.zero_grad):
+        before = dict(copies.traffic)
+        act()
+        sent.append({kind: n - before.get(kind, 0) for kind, n in copies.traffic.items() if n != before.get(kind, 0)})
+    return sent
+
+
+def test_who_drops_gradients_sends_nothing(ranks):
+    for backward, step, dropped in ranks(4, sent_by_groups, timeout_s=60):
+        assert list(backward) == ["all_reduce"] and not step and not dropped
+
+
+def test_a_narrow_gradient_may_be_assigned():
+    """Of the parameter's own dtype, where the gradients that are reduced are wider."""
+    model = parallax.data_parallel(net().bfloat16(), init_mesh("1x1x1", device_type="cpu"))
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.5)
+    model.module[3].requires_grad_(False)
+    for _ in range(2):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model(batch(0, 0).bfloat16()).float().square().mean().backward()
+        for parameter in model.module[0].parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved = {name: (before[name] - p).detach().float() for name, p in model.named_parameters()}
+        torch.testing.assert_close(moved["module.0.bias"], torch.full((6,), 0.5), rtol=0.02, atol=0)
+        assert not moved["module.3.bias"].any()

@@ -159,3 +159,96 @@ def test_one_join_at_a_time():
         pass
     with second.join(optimizers[1]):
         pass
+
+
+def with_a_rest(zero: int) -> dict[str, Tensor]:
+    """Two backwards a step; rank 0 has three batches, of which the last makes no step, rank 1 four."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh, zero=zero)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    with model.join(optimizer):
+        for step in range(3 + mesh.rank):
+            if step % 2:
+                model(batch(mesh.rank, step)).square().mean().backward()
+                optimizer.step()
+            else:
+                with model.accumulate():
+                    model(batch(mesh.rank, step)).square().mean().backward()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_what_a_rank_had_left_over_goes_into_nobody_s_step(ranks, zero: int):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for steps, here in (((0, 1), (0, 1)), ((2, 3), (1,))):
+        for step in steps:
+            for rank in here:
+                (model(batch(rank, step)).square().mean() / len(here)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in ranks(2, with_a_rest, zero, timeout_s=60):
+        for name, values in model.state_dict().items():
+            torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def with_a_forward_too_many(zero: int) -> tuple[dict[str, Tensor], int]:
+    """Rank 0 looks at its last loss and goes no further, as one does where it is not finite; rank 1 goes on."""
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh, zero=zero)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    done = 0
+    with model.join(optimizer):
+        for step in range(3):
+            loss = model(batch(mesh.rank, step)).square().mean()
+            if mesh.rank == 0 and step == 1:
+                break
+            loss.backward()
+            optimizer.step()
+            done += 1
+    return model.state_dict(), done
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_forward_without_a_backward_keeps_nobody_waiting(ranks, zero: int):
+    (ours, few), (theirs, many) = ranks(2, with_a_forward_too_many, zero, timeout_s=60)
+    assert (few, many) == (1, 3)
+    assert all(values.equal(theirs[name]) for name, values in ours.items())
+
+
+def with_a_step_skipped() -> str:
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    try:
+        with model.join(optimizer):
+            for step in range(1 + 2 * mesh.rank):
+                model(batch(mesh.rank, step)).square().mean().backward()
+                if mesh.rank == 1 and step == 1:
+                    model.zero_grad()
+                    continue
+                optimizer.step()
+    except (ConfigError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_step_that_others_wait_for_is_not_dropped(ranks):
+    assert "wait for a step after this backward" in ranks(2, with_a_step_skipped, timeout_s=60)[1]
+
+
+def after_a_join_that_failed() -> bool:
+    mesh = init_mesh("1x1x1", device_type="cpu")
+    model = parallax.data_parallel(net(), mesh)
+    optimizer = parallax.optimizer(model, torch.optim.SGD, lr=0.1)
+    model.unwrap()
+    with pytest.raises(ConfigError, match="unwrapped"), model.join(optimizer):
+        pass
+    again = parallax.data_parallel(net(), mesh)
+    with again.join(parallax.optimizer(again, torch.optim.SGD, lr=0.1)):
+        pass
+    return True
+
+
+def test_a_join_that_cannot_begin_leaves_no_trace():
+    assert after_a_join_that_failed()
