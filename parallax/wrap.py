@@ -337,13 +337,12 @@ class DataParallel(nn.Module):
         """
         if self.flat.level == 3:
             self._watch.check_memory()
-        sync = self.sync
+        sync = self.sync  # this one also if the model is unwrapped within
         sync.hold()
         try:
             yield
         finally:
-            if self.sync is sync:  # it is not unwrapped
-                sync.release()
+            sync.release()
 
     def unwrap(self) -> nn.Module:
         """Give this wrap up, and return the module as one that was never wrapped: whole plain parameters, no hooks.

@@ -98,16 +98,22 @@ def test_what_is_unwrapped_has_memory_of_its_own():
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in module.parameters())
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_module_may_be_unwrapped_where_it_is_gathered(zero: int):
+def unwrapped_within(zero: int) -> bool:
     module = net()
     before = [p.detach().clone() for p in module.parameters()]
-    model = parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"), zero=zero)
+    mesh = init_mesh("2x1x1", device_type="cpu")
+    model = parallax.data_parallel(module, mesh, zero=zero)
     with model.gathered():
         model.unwrap()
-    assert all(p.equal(b) for p, b in zip(module.parameters(), before, strict=True))
-    model = parallax.data_parallel(module, init_mesh(ONE, device_type="cpu"), zero=zero)
+    same = all(p.equal(b) for p, b in zip(module.parameters(), before, strict=True))
+    model = parallax.data_parallel(module, mesh, zero=zero)
     model(batch(0, 0))
     with model.accumulate():
         model.unwrap()
     module(batch(0, 0)).mean().backward()
+    return same and all(p.equal(b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_module_may_be_unwrapped_where_it_is_gathered(ranks, zero: int):
+    assert ranks(2, unwrapped_within, zero, timeout_s=60) == [True, True]
