@@ -218,7 +218,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a whole state, of this class or of torch's, or this rank's own part. All ranks call it.
 
-        Raises ConfigError, on every rank, for another rank's part and for what does not fit. Sends 520 bytes.
+        Raises ConfigError for another rank's part and for what does not fit, on every rank of the shards, which hear of
+        each other's: 520 bytes.
         """
         for hook in self._hooks["load_state_dict_pre"].values():
             found = hook(self, state_dict)
