@@ -7,13 +7,19 @@ from difflib import get_close_matches
 
 from parallax.errors import ConfigError
 
-__all__ = ["close_to", "take_options"]
+__all__ = ["close_to", "suggestion", "take_options"]
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`did you mean --json? `, or nothing if no known word comes close."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def close_to(word: str, known: Iterable[str]) -> str:
-    """`; did you mean --json?`, or nothing if no known word comes close."""
-    close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """The same for the end of a sentence: `; did you mean --json?`."""
+    found = suggestion(word, known)
+    return f"; {found.rstrip()}" if found else ""
 
 
 def take_options(

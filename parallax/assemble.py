@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import os
 from collections import Counter, defaultdict
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parallax.allocator import keep_freed_memory
+from parallax.arguments import close_to
 from parallax.comm import gather_json
 from parallax.compiled import require_compiler
 from parallax.config import Config, OptimizerConfig, ResolvedBatch, check, resolve_batch
@@ -303,20 +303,35 @@ def _canonical_order(specs: Mapping[int, Sequence[ParamSpec]], mesh: Mesh, confi
     mine = {s: [(spec.name, spec.parameter, kind(spec), spec.tied) for spec in table] for s, table in specs.items()}
     gathered = gather_json(mine, mesh.pipeline, mesh.device)
     every = sorted((int(s), table) for of_rank in gathered for s, table in of_rank.items())
-    within: defaultdict[tuple[int, str], dict[str, str]] = defaultdict(dict)
-    for stage, table in every:
-        for name, tensor, treated, _ in table:
-            within[stage, tensor][name] = treated
-    for kinds in within.values():
-        if len(set(kinds.values())) > 1:
-            raise ConfigError(f"{', '.join(kinds)} are one tensor and must decay alike; name all of them or none")
     order = [name for _, table in every for name, _, _, tied in table if not tied]
     twice = {name for name, times in Counter(order).items() if times > 1}
     if twice:
         raise ConfigError(f"more than one stage holds {', '.join(sorted(twice)[:5])}; tie them or rename one")
-    called = {*order, *(tensor for _, table in every for _, tensor, _, tied in table if tied)}
-    unmet = [pattern for pattern in config.no_decay or () if not fnmatch.filter(called, pattern)]
-    if wrong := [each for each in unmet if not set(each) & set("*?[") or len(unmet) == len(config.no_decay or ())]:
-        close = difflib.get_close_matches(wrong[0], order, 1) or order[:1]
-        raise ConfigError(f"optimizer.no_decay={wrong[0]} is no parameter's name; names are such as {close[0]}")
+    for _, table in every:
+        _check_decay_alike(table)
+    # A tied head is a parameter by the embedding's name, and a pattern may call it by its own.
+    _check_patterns(
+        config.no_decay or (), order, [tensor for _, table in every for _, tensor, _, tied in table if tied]
+    )
     return {name: place for place, name in enumerate(order)}
+
+
+def _check_decay_alike(table: Sequence[tuple[str, str, str, bool]]) -> None:
+    """Raise ConfigError where parameters that are one tensor of a stage are of different kinds to the optimizer."""
+    within: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name, tensor, kind, _ in table:
+        within[tensor][name] = kind
+    for kinds in within.values():
+        if len(set(kinds.values())) > 1:
+            raise ConfigError(f"{', '.join(kinds)} are one tensor and must decay alike; name all of them or none")
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str], more: Sequence[str]) -> None:
+    """Raise ConfigError where no pattern meets a parameter, and for a whole name that is none: a pattern of several may
+    be for models with more, as *.bias is.
+    """
+    unmet = [pattern for pattern in patterns if not fnmatch.filter([*names, *more], pattern)]
+    for pattern in unmet:
+        if len(unmet) == len(patterns) or not set(pattern) & set("*?["):
+            hint = close_to(pattern, names) or f"; names are such as {names[0]}"
+            raise ConfigError(f"optimizer.no_decay={pattern} is no parameter's name{hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,27 @@ class Checkpoints:
 
     def take_lock(self) -> None:
         """Keep other runs out of the directory as long as this one lives. Raises CheckpointError on every rank."""
-        problem = None
-        if self.run.mesh.rank == 0 and not self.locks:
+
+        def lock() -> None:
             try:
-                for directory in self._own_directories():
+                for directory in [] if self.locks else self._own_directories():
                     self.locks.append(checkpoint.DirectoryLock(directory))
                 checkpoint.clear_leftovers(self.directory)
-            except (ParallaxError, OSError) as error:
-                problem = str(error)
+            except (ParallaxError, OSError):
                 while self.locks:
                     self.locks.pop().release()
+                raise
+
+        self._by_rank_0(lock)
+
+    def _by_rank_0(self, act: Callable[[], None]) -> None:
+        """Have rank 0 do it; what it meets is a CheckpointError on every rank."""
+        problem = None
+        if self.run.mesh.rank == 0:
+            try:
+                act()
+            except (ParallaxError, OSError) as error:
+                problem = str(error)
         problem = self._exchange.gather_json(problem)[0]
         if problem is not None:
             raise CheckpointError(problem)
@@ -198,15 +210,12 @@ class Checkpoints:
 
     def _describe(self) -> None:
         """The run is accepted: the directory is this one's, and says so. Raises CheckpointError on every rank alike."""
-        problem = None
-        if self.locks:  # of rank 0
-            try:
+
+        def describe() -> None:
+            if self.locks:  # who took none has no directory of its own
                 describe_run(self.run.config, self.output)
-            except (ParallaxError, OSError) as error:
-                problem = str(error)
-        problem = self._exchange.gather_json(problem)[0]
-        if problem is not None:
-            raise CheckpointError(problem)
+
+        self._by_rank_0(describe)
 
     def _found(self) -> list[str]:
         """The checkpoints in the directory, newest first. Rank 0 looks, so that all ranks take the same ones even while

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
+from parallax.arguments import suggestion
 from parallax.errors import ConfigError
 from parallax.pipeline.draw import legend_line, summary, text_grid, to_svg, to_trace
 from parallax.pipeline.lower import lower
@@ -74,16 +74,11 @@ class _Request:
                 "[key=value ...]`, and drawn with trace=N in a run"
             )
         if not is_file(name) and name not in SCHEDULES:
-            hint = _did_you_mean(name.lower().replace("_", "-"), SCHEDULES)
+            hint = suggestion(name.lower().replace("_", "-"), SCHEDULES)
             raise ConfigError(
                 f"there is no schedule {name!r}; {hint}choose one of {', '.join(SCHEDULES)}, or a table's FILE.csv"
             )
         return get_schedule(name, self.pipeline, self.num_microbatches, self.stages_per_rank)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 def _read(argv: Sequence[str]) -> _Request:
@@ -96,7 +91,7 @@ def _read(argv: Sequence[str]) -> _Request:
             request.words.append(argument)
             continue
         if name not in TAKEN_BY or (name == "--messages" and equals):
-            raise ConfigError(f"{argument!r} is not understood; {_did_you_mean(name, TAKEN_BY)}usage: {USAGE}")
+            raise ConfigError(f"{argument!r} is not understood; {suggestion(name, TAKEN_BY)}usage: {USAGE}")
         if name in FILES and not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("-") else ""
             argument = f"{name} {value}"
@@ -137,7 +132,7 @@ def run_schedule(argv: Sequence[str]) -> int:
     command, *words = request.words or ["list"]
     if command not in WORDS:
         is_table = command in SCHEDULES or is_file(command)
-        hint = f"did you mean show {command}? " if is_table else _did_you_mean(command, WORDS)
+        hint = f"did you mean show {command}? " if is_table else suggestion(command, WORDS)
         raise ConfigError(f"there is no command {command!r} of parallax schedule; {hint}usage: {USAGE}")
     if len(words) != len(WORDS[command]):
         takes, given = " ".join(WORDS[command]) or "no name", " ".join(words) or "nothing"

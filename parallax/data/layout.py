@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallax.errors import ConfigError
 from parallax.params import Box, ParamSpec
 
 __all__ = ["Bucket", "FlatLayout", "Piece", "Placed", "Segment", "boxes_of_range", "decay_kind"]
@@ -230,10 +229,7 @@ class FlatLayout:
         ranges = [(*b.own, b.own_at) for b in self.buckets] if self._shards > 1 else [(0, self.stop, 0)]
         runs: list[tuple[int, str]] = []  # where each begins; padding belongs to what is before it
         for placed in self.placed:
-            kind = self.kind_of(placed.specs[0])
-            if any(self.kind_of(spec) != kind for spec in placed.specs):
-                names = ", ".join(spec.name for spec in placed.specs)
-                raise ConfigError(f"{names} are one tensor and must decay alike; name all of them or none")
+            kind = self.kind_of(placed.specs[0])  # of all that are one tensor: whoever names kinds has seen to it
             if placed.start < self.stop and (not runs or runs[-1][1] != kind):
                 runs.append((placed.start, kind))
         for start, stop, at in ranges:

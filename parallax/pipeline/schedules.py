@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from types import MappingProxyType
 
+from parallax.arguments import suggestion
 from parallax.errors import ScheduleError
 from parallax.pipeline.schedule import Action, Op, Schedule
 from parallax.pipeline.v_schedules import dualpipe_v, v_half, v_min, zb_v
@@ -174,8 +174,7 @@ def make_schedule(name: str, num_ranks: int, num_microbatches: int, stages_per_r
     Raises ScheduleError for an unknown name, sizes below 1, or stages that the schedule does not have.
     """
     if name not in SCHEDULES:
-        close = get_close_matches(name.lower().replace("_", "-"), [*SCHEDULES, "auto"], n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = suggestion(name.lower().replace("_", "-"), [*SCHEDULES, "auto"])
         raise ScheduleError(
             f"pipeline.schedule={name} is unknown; {hint}choose one of {', '.join(SCHEDULES)}, auto, or a table's "
             "FILE.csv"
